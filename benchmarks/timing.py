@@ -1,0 +1,217 @@
+"""Interleaved timing, and how much of the skipped work came back as time.
+
+One round is one step of every variant, on the same batch, in an order that rotates and turns round; whatever
+slows the machine down slows all of them, and every ratio is taken within its round. A second dense copy runs
+along: the speed-up measured for *it* is the noise.
+
+**Realised / ideal.** For each round,
+
+    realised   time(dense step) − time(variant's step)
+    ideal      Σ over linear sites of t(site) · (1 − backward FLOPs executed / backward FLOPs dense)
+
+t(site) is the time of that site's own dense backward products, dX = dY·W and dW = dYᵀ·X at full size (those
+of the two that the site has), timed in the same round with the same threads. So the ideal is the time that
+the skipped FLOPs would have cost at the rate of the very matmuls they belong to, with no cost for choosing,
+gathering or scattering rows; work a method adds (the products of a reused base) is in its executed FLOPs and
+is not skipped. 1.0 means that skipping cost nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from variants import PHASES, Trainee
+
+T = TypeVar("T")
+Site = Mapping[str, Any]
+Shape = tuple[int, int, int]
+Spread = dict[str, float]
+
+# Below this share of the dense step, the time to be saved drowns in noise: realised / ideal means nothing.
+SMALLEST_IDEAL = 0.01
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
+    if not values:
+        raise ValueError("spread of no values")
+    if len(values) == 1:
+        return dict.fromkeys(("median", "q1", "q3"), values[0])
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Median and quartiles of the ratio within each round."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def rotated(items: Sequence[T], turn: int) -> list[T]:
+    """The order of round `turn`: everyone takes every place, and has each neighbour on either side."""
+    start = turn % len(items)
+    order = [*items[start:], *items[:start]]
+    return order[::-1] if turn // len(items) % 2 else order
+
+
+def linear_shapes(sites: Sequence[Site]) -> set[Shape]:
+    """The (N, I, O) of the linear sites whose shape is known."""
+    return {tuple(site["shape"]) for site in sites if site["kind"] == "linear" and site["shape"]}  # type: ignore[misc]
+
+
+def backward_flops(site: Site) -> tuple[float, float]:
+    """Backward FLOPs of a site: dense, and executed. The forward is dense in both."""
+    return site["flops_dense"] - site["flops_forward"], site["flops"] - site["flops_forward"]
+
+
+def ideal_saving(sites: Sequence[Site], seconds: Mapping[Shape, float]) -> float:
+    """Seconds that the skipped backward FLOPs of the linear sites would have cost (see the top of this file).
+
+    `seconds[shape]` is the time of both products, 4·N·I·O FLOPs; a site with one of them (a frozen weight, a
+    first layer) or with several (a layer used twice) is charged in proportion.
+    """
+    total = 0.0
+    for site in sites:
+        dense, executed = backward_flops(site)
+        if site["kind"] != "linear" or executed == dense:
+            continue
+        n, i, o = site["shape"]
+        total += seconds[n, i, o] * (dense - executed) / (4 * n * i * o)
+    return total
+
+
+class MatmulTimer:
+    """Times the two dense backward products of a linear, for each shape that occurs."""
+
+    def __init__(self) -> None:
+        self._operands: dict[Shape, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, shapes: set[Shape]) -> None:
+        """Make operands for shapes not seen before, and run each once: the first timing is a warm one."""
+        for shape in sorted(shapes - self._operands.keys()):
+            n, i, o = shape
+            self._operands[shape] = torch.randn(n, o), torch.randn(n, i), torch.randn(o, i)
+            self._seconds(shape)
+
+    def round(self) -> dict[Shape, float]:
+        """Seconds of dX and dW together, once for every shape."""
+        return {shape: self._seconds(shape) for shape in self._operands}
+
+    def _seconds(self, shape: Shape) -> float:
+        grad_output, x, weight = self._operands[shape]
+        start = time.perf_counter()
+        torch.mm(grad_output, weight)
+        torch.mm(grad_output.t(), x)
+        return time.perf_counter() - start
+
+
+@dataclass(kw_only=True)
+class Measurements:
+    """What the rounds gave: one entry per round in every list."""
+
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    sites: dict[str, list[Sequence[Site]]] = field(default_factory=dict)
+    matmuls: list[dict[Shape, float]] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    graphs_compiled: int = 0
+
+    def summary(self, name: str, dense: str = "dense") -> dict[str, Any]:
+        """Medians, quartiles, speed-ups and figure of merit of one variant."""
+        mine, base = self.seconds[name], self.seconds[dense]
+        return {
+            "seconds": {phase: spread(mine[phase]) for phase in PHASES},
+            "speedup": {phase: paired_ratios(base[phase], mine[phase]) for phase in PHASES},
+            "loss": self.losses[name],
+            **self._merit(name, dense),
+        }
+
+    def matmul_gflops(self) -> float | None:
+        """Dense rate of the linear sites' backward products: FLOPs of each shape once, over their time."""
+        if not self.matmuls or not self.matmuls[0]:
+            return None
+        flops = sum(4 * n * i * o for n, i, o in self.matmuls[0])
+        return flops / 1e9 / statistics.median(sum(seconds.values()) for seconds in self.matmuls)
+
+    def _merit(self, name: str, dense: str) -> dict[str, Any]:
+        reports = self.sites[name]
+        if not reports[0]:
+            return {"merit": None}
+        pairs = [backward_flops(site) for site in reports[-1] if site["flops_dense"] is not None]
+        merit: dict[str, Any] = {
+            "sites": len(reports[-1]),
+            "rewritten": sum(bool(site["rewritten"]) for site in reports[-1]),
+            "backward_flops_dense": sum(pair[0] for pair in pairs),
+            "backward_flops_executed": sum(pair[1] for pair in pairs),
+        }
+        base = self.seconds[dense]["step"]
+        saved = [a - b for a, b in zip(base, self.seconds[name]["step"], strict=True)]
+        ideal = [ideal_saving(sites, times) for sites, times in zip(reports, self.matmuls, strict=True)]
+        merit |= {"saved_seconds": spread(saved), "ideal_seconds": spread(ideal)}
+        others = [s for s in reports[-1] if s["kind"] != "linear" and s["flops"] != s["flops_dense"]]
+        if others:
+            merit |= {"realised": None, "why_not": "other sites than linear ones skip work too"}
+        elif statistics.median(ideal) < SMALLEST_IDEAL * statistics.median(base):
+            merit |= {"realised": None, "why_not": "there was next to nothing to skip"}
+        else:
+            merit["realised"] = paired_ratios(saved, ideal)
+        return {"merit": merit}
+
+
+def interleave(
+    trainees: Sequence[Trainee],
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    rounds: int,
+    warmup: int,
+    tick: Callable[[str], None],
+) -> Measurements:
+    """Warm every trainee up, then time `rounds` rounds; `tick` is told the name of each step as it ends."""
+    for trainee in trainees:
+        for turn in range(warmup):
+            _timed_step(trainee, batches[turn % len(batches)], turn)
+            tick(f"{trainee.variant.name}: warming up")
+    matmuls = MatmulTimer()
+    for trainee in trainees:
+        matmuls.add(linear_shapes(trainee.sites()))
+    result = Measurements(
+        seconds={t.variant.name: {phase: [] for phase in PHASES} for t in trainees},
+        sites={t.variant.name: [] for t in trainees},
+    )
+    compiled_before = _graphs_compiled()
+    gc.collect()
+    gc.freeze()  # what the compilers left is not searched again in every round
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            batch = batches[(warmup + turn) % len(batches)]
+            for trainee in rotated(trainees, turn):
+                name = trainee.variant.name
+                for phase, seconds in _timed_step(trainee, batch, warmup + turn).items():
+                    result.seconds[name][phase].append(seconds)
+                result.sites[name].append(trainee.sites())
+                tick(name)
+            result.matmuls.append(matmuls.round())
+            gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    result.losses = {t.variant.name: t.loss for t in trainees}
+    result.graphs_compiled = _graphs_compiled() - compiled_before
+    return result
+
+
+def _timed_step(trainee: Trainee, batch: dict[str, Tensor], seed: int) -> dict[str, float]:
+    torch.manual_seed(seed)  # the same dropout for all variants that draw alike
+    return trainee.step(batch)
+
+
+def _graphs_compiled() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]

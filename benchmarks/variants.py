@@ -1,0 +1,158 @@
+"""What is timed against what: a method's name on the command line, and the trainee that it stands for.
+
+dense                 plain torch.compile: what every other variant is divided by
+exact                 sparse_compile, Schedule.exact(): only rows that are exactly zero are skipped
+reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance reuse:0.9/element/sample;
+                      WORD is a granularity (row, element, n:m), a source (mean, sample) or refresh=K
+eager                 the model as it is, not compiled
+eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from eager_resprop import swap_linears
+from torch import Tensor, nn
+
+OptimizerName = Literal["adamw", "sgd"]
+Kind = Literal["dense", "exact", "reuse", "eager", "eager-resprop"]
+PHASES = ("forward", "backward", "optimizer", "step")
+ALLOWED = "exact, reuse:RATIO[/row|element|mean|sample|refresh=K], eager, eager-resprop:RATIO"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One column of the comparison. `options` are the words after the ratio of a reuse."""
+
+    name: str
+    kind: Kind
+    ratio: float = 0.0
+    options: tuple[tuple[str, str | int], ...] = ()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it runs under torch.compile, and so has a compile time."""
+        return not self.kind.startswith("eager")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it runs under sparse_compile, and so has a report."""
+        return self.kind in ("exact", "reuse")
+
+
+DENSE = Variant(name="dense", kind="dense")
+DENSE_AGAIN = Variant(name="dense (again)", kind="dense")
+
+
+def parse_methods(text: str) -> list[Variant]:
+    """`"exact,reuse:0.9"` as variants. Refuses what it does not know with the list of what it does."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"methods={text!r}: each method may be named once")
+    return [_parse_method(name) for name in names]
+
+
+def _parse_method(name: str) -> Variant:
+    kind, _, rest = name.partition(":")
+    if kind in ("exact", "eager") and not rest:
+        return Variant(name=name, kind=kind)  # type: ignore[arg-type]
+    if kind not in ("reuse", "eager-resprop") or not rest:
+        raise ValueError(f"methods: {name!r} is not known; allowed are {ALLOWED}")
+    number, *words = rest.split("/")
+    try:
+        ratio = float(number)
+    except ValueError:
+        raise ValueError(f"methods: {name!r} needs a number as its ratio, not {number!r}") from None
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"methods: {name!r} has ratio {ratio}; allowed is 0 <= ratio < 1")
+    if kind == "eager-resprop" and words:
+        raise ValueError(f"methods: {name!r} takes a ratio and nothing else")
+    options = tuple(_parse_option(name, word) for word in words)
+    return Variant(name=name, kind=kind, ratio=ratio, options=options)  # type: ignore[arg-type]
+
+
+def _parse_option(name: str, word: str) -> tuple[str, str | int]:
+    if word in ("mean", "sample"):
+        return "source", word
+    if word in ("row", "element") or ":" in word:
+        return "granularity", word
+    key, _, count = word.partition("=")
+    if key == "refresh" and count.isdigit() and int(count) > 0:
+        return "refresh_every", int(count)
+    raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Trainee:
+    """A variant brought to life: its own copy of the model, its optimizer, and the backend if it is ours."""
+
+    variant: Variant
+    model: Callable[..., Any]
+    optimizer: torch.optim.Optimizer
+    backend: Any = None
+    loss: float = float("nan")
+
+    def step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One whole training step; the seconds of its phases.
+
+        `optimizer` is zero_grad and the update together; `step` is everything from zero_grad to the update.
+        """
+        clock = time.perf_counter
+        start = clock()
+        self.optimizer.zero_grad(set_to_none=True)
+        cleared = clock()
+        loss = self.model(**batch).loss
+        forwarded = clock()
+        loss.backward()
+        backwarded = clock()
+        self.optimizer.step()
+        end = clock()
+        self.loss = loss.item()
+        return {
+            "forward": forwarded - cleared,
+            "backward": backwarded - forwarded,
+            "optimizer": cleared - start + end - backwarded,
+            "step": end - start,
+        }
+
+    def sites(self) -> list[dict[str, Any]]:
+        """The sites of the backend's report, or none where the backend is not ours."""
+        return [] if self.backend is None else self.backend.report().to_dict()["sites"]
+
+
+def make_trainee(variant: Variant, model: nn.Module, *, optimizer: OptimizerName, lr: float) -> Trainee:
+    """A deep copy of `model`, compiled (not yet run) as the variant says, with its own optimizer."""
+    model = copy.deepcopy(model)
+    parameters = list(model.parameters())
+    if variant.kind == "eager-resprop" and swap_linears(model, variant.ratio) == 0:
+        raise ValueError(f"{variant.name}: the model has no nn.Linear to swap")
+    backend = _sparse_backend(variant) if variant.sparse else None
+    run: Callable[..., Any] = model
+    if variant.compiled:
+        # Isolated, because all copies share their code: else one copy's guards are searched for another.
+        run = torch.compile(model, backend=backend or "inductor", isolate_recompiles=True)  # type: ignore
+    return Trainee(
+        variant=variant, model=run, optimizer=_optimizer(optimizer, parameters, lr), backend=backend
+    )
+
+
+def _sparse_backend(variant: Variant) -> Any:
+    """Imported here, so that a cold compile counts the import and the dense variant runs without us."""
+    from sparse_compile import Reuse, Schedule, sparse_backend
+
+    if variant.kind == "exact":
+        return sparse_backend(Schedule.exact())
+    options: dict[str, Any] = dict(variant.options)
+    return sparse_backend(Schedule(linear=Reuse(variant.ratio, **options)))
+
+
+def _optimizer(name: OptimizerName, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, fused=True)
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=True)

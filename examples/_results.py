@@ -1,0 +1,148 @@
+"""What the example hands over: a table for the terminal and a JSON file with everything behind it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from _runs import Run
+from rich.table import Table
+
+BASELINE = "dense"
+
+
+@dataclass(kw_only=True, slots=True)
+class Results:
+    """All finished runs of one invocation, and the seconds of the interleaved rounds by name."""
+
+    settings: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The variants that have a finished run, in the order they ran."""
+        return list(dict.fromkeys(run.name for run in self.runs))
+
+    def of(self, name: str) -> list[Run]:
+        """The runs of one variant, one per seed."""
+        return [run for run in self.runs if run.name == name]
+
+    def speedup(self, name: str) -> float | None:
+        """How many times faster than dense a step is, from the interleaved rounds; None without them."""
+        if name not in self.rounds:
+            return None
+        pairs = zip(self.rounds[BASELINE], self.rounds[name], strict=True)
+        return statistics.median(dense / ours for dense, ours in pairs)
+
+    def seconds_to_dense(self, name: str) -> list[float | None]:
+        """For each seed, the training time until the accuracy at which the dense run of that seed ended."""
+        goals = {run.seed: run.curve[-1].accuracy for run in self.of(BASELINE)}
+        return [run.seconds_to(goals[run.seed]) for run in self.of(name)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "machine": machine(),
+            "versions": versions(),
+            "summary": {name: self._summary(name) for name in self.names},
+            "interleaved_step_seconds": self.rounds,
+            "runs": [run.to_dict() for run in self.runs],
+        }
+
+    def write_json(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n", encoding="utf-8")
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        runs = self.of(name)
+        return {
+            "accuracy": _mean_and_spread([run.accuracy for run in runs]),
+            "loss": _mean_and_spread([run.loss for run in runs]),
+            "median_step_seconds": _mean_and_spread([run.median_step for run in runs]),
+            "speedup": self.speedup(name),
+            "compile_seconds": [run.compile_seconds for run in runs],
+            "seconds_to_dense_accuracy": self.seconds_to_dense(name),
+        }
+
+
+def table(results: Results) -> Table:
+    """The comparison, one row per variant; more than one seed gives mean ± standard deviation."""
+    shown = Table(title="Fine-tuning, held-out results", caption=_caption(results), caption_justify="left")
+    shown.add_column("run", no_wrap=True)
+    for heading in ("accuracy", "loss", "step", "speed-up", "compile", "to dense's accuracy"):
+        shown.add_column(heading, justify="right")
+    for name in results.names:
+        runs = results.of(name)
+        speedup = results.speedup(name)
+        shown.add_row(
+            name,
+            _spread_text([100 * run.accuracy for run in runs], "{:.1f}") + " %",
+            _spread_text([run.loss for run in runs], "{:.3f}"),
+            _spread_text([1000 * run.median_step for run in runs], "{:.0f}") + " ms",
+            "–" if speedup is None else f"{speedup:.2f}×",
+            f"{runs[0].compile_seconds:.0f} s",
+            _reached(results.seconds_to_dense(name)),
+        )
+    return shown
+
+
+def _caption(results: Results) -> str:
+    settings = results.settings
+    rounds = len(results.rounds.get(BASELINE, ()))
+    return (
+        f"accuracy, loss: {settings['held_out']} held-out texts after {settings['steps']} steps.  "
+        f"step: median; neither compile nor evaluation is in it.  "
+        + (f"speed-up: median of {rounds} rounds of alternating steps.  " if rounds else "")
+        + "compile: what the first step took on top (first seed; little if cached from an earlier call).  "
+        f"to dense's accuracy: training time until the curve ({settings['curve_samples']} held-out texts) "
+        "reaches the dense run's last value."
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "accelerate", "sparse_compile")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _mean_and_spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _spread_text(values: list[float], number: str) -> str:
+    both = _mean_and_spread(values)
+    text = number.format(both["mean"])
+    return text if len(values) == 1 else f"{text} ± {number.format(both['std'])}"
+
+
+def _reached(seconds: list[float | None]) -> str:
+    """Mean time of the seeds that got there, and how many did if not all."""
+    reached = [value for value in seconds if value is not None]
+    if not reached:
+        return "not reached"
+    share = "" if len(reached) == len(seconds) else f" ({len(reached)} of {len(seconds)})"
+    return f"{statistics.fmean(reached):.0f} s{share}"

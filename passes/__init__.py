@@ -1,0 +1,56 @@
+"""The graph passes, in the order in which they run on a joint forward/backward graph.
+
+They know graphs and sites and nothing of numbers: no pass reads the schedule. What a pass inserts is one
+op per site, which asks the runtime at every step what is to be done; so a phase change needs no new graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch.fx import Graph
+
+from sparse_compile.passes import graph as g
+from sparse_compile.passes.attention import record_attentions
+from sparse_compile.passes.linear import rewrite_linears
+from sparse_compile.sites import SiteRecord, to_manifest
+
+
+def rewrite(graph: Graph, parameters: dict[int, str]) -> list[SiteRecord]:
+    """Rewrite a joint graph in place.
+
+    Args:
+        graph: the joint graph of AOTAutograd, with or without Inductor's decompositions.
+        parameters: position among the graph's inputs -> name of the parameter there.
+
+    Returns:
+        A record of every linear and attention: rewritten, or left alone and why. If something was
+        rewritten the same records are in the graph, as the manifest of its ``begin`` op.
+    """
+    records: list[SiteRecord] = []
+    inputs = graph.find_nodes(op="placeholder")
+    if not any(g.is_backward(node) for node in graph.nodes):
+        return records  # an inference graph: there is no gradient
+    names = {node: parameters[i] for node in inputs if (i := g.input_index(node)) in parameters}
+    below = g.parameters_below(graph, names)
+    token = g.insert_begin(graph, inputs)
+
+    rewrite_linears(graph, token=token, below=below, records=records)
+    # After the linears: an attention without a fused op is made of the products that they left over.
+    record_attentions(graph, records)
+
+    if token.users:
+        token.update_arg(1, to_manifest(records))
+    else:
+        graph.erase_node(token)
+    graph.lint()
+    return records
+
+
+def source_hash() -> str:
+    """A hash of the passes' own source, for the keys of compile caches."""
+    folder = Path(__file__).parent
+    sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"\0".join([torch.__version__.encode(), *sources])).hexdigest()

@@ -1,0 +1,159 @@
+"""Small questions that every pass asks of a joint graph: which side a node is on, what it is a view of,
+which parameters it comes from, what it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+aten = torch.ops.aten
+
+_TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
+_ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+
+
+def is_backward(node: Node) -> bool:
+    """Whether AOTAutograd traced the node while it ran the backward."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def shape_of(node: Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def sizes(shape: torch.Size | tuple[Any, ...]) -> tuple[int, ...]:
+    """The shape in plain integers; a symbolic size becomes the size it had when the graph was traced."""
+    return tuple(s if isinstance(s, int) else int(s.node.hint) if s.node.has_hint() else 1 for s in shape)
+
+
+def is_2d_transpose(node: Node) -> bool:
+    if node.target not in _TRANSPOSES or len(shape_of(node)) != 2:
+        return False
+    if node.target is aten.permute.default:
+        return [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[operator, union-attr]
+    return node.target is aten.t.default or {d % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[operator]
+
+
+def strip_transposes(node: Node) -> tuple[Node, bool]:
+    """The node below any chain of 2-D transposes and aliases, and whether an odd number was stripped.
+
+    ``permute(permute(W))`` gives ``(W, False)``: two operands are the same matrix exactly when their
+    stripped forms are equal.
+    """
+    transposed = False
+    while node.op == "call_function":
+        if is_2d_transpose(node):
+            transposed = not transposed
+        elif node.target not in _ALIASES:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node, transposed
+
+
+def parameters_below(graph: Graph, parameters: dict[Node, str]) -> dict[Node, frozenset[str]]:
+    """For every node computed from parameters (and constants) alone, the names of those parameters.
+
+    A weight may reach its product as it is, cast (autocast), sliced (packed q/k/v, one expert of many) or
+    computed (weight normalisation, a merged adapter); all of them are in the result, activations are not.
+    """
+    below: dict[Node, frozenset[str]] = {node: frozenset([name]) for node, name in parameters.items()}
+    for node in graph.nodes:
+        if node.op != "call_function" or is_backward(node):
+            continue
+        inputs = [below.get(source) for source in node.all_input_nodes]
+        if inputs and all(names is not None for names in inputs):
+            below[node] = frozenset().union(*inputs)  # type: ignore[arg-type]
+    return below
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that ran the node, relative to the compiled frame's own module.
+
+    Dynamo writes ``L['self'].bert.pooler.dense``; the root (whatever the frame called it) is cut off.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", path))
+    return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod", "module"))
+
+
+def site_name(node: Node, weight_names: frozenset[str]) -> str:
+    """The name of the site of a forward product: its module path, and the weight's own name unless that
+    is the usual ``weight``.
+
+    A weight that belongs to a module elsewhere (a head tied to the embedding) leaves the name to the
+    module that multiplies.
+    """
+    path = module_path(node)
+    if len(weight_names) != 1:
+        return path
+    owner, _, leaf = next(iter(weight_names)).rpartition(".")
+    if owner != path and not owner.startswith(f"{path}." if path else ""):
+        return path
+    name = owner if leaf == "weight" else f"{owner}.{leaf}".lstrip(".")
+    return name or path or leaf
+
+
+def products(graph: Graph, *, backward: bool) -> Iterator[Node]:
+    """Every matrix product of one side of the graph, in order."""
+    targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in targets and is_backward(node) == backward:
+            yield node
+
+
+def operands(product: Node) -> tuple[Node, Node]:
+    """The two matrices of a product (``addmm`` and ``baddbmm`` carry what is added first)."""
+    first, second = product.args[-2:]
+    return first, second  # type: ignore[return-value]
+
+
+def product_flops(product: Node) -> int:
+    """2 FLOPs for each multiply-add of a product."""
+    total = 2 * sizes(shape_of(operands(product)[0]))[-1]
+    for size in sizes(shape_of(product)):
+        total *= size
+    return total
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal as far as the trace knows, without adding a guard."""
+    return a is b or str(a) == str(b)
+
+
+def call(graph: Graph, target: Any, *args: Any, like: Node) -> Node:
+    """Insert ``target(*args)`` at the graph's insertion point.
+
+    The node takes its module path, sequence number and side of the graph from ``like``, and its
+    ``meta["val"]`` from running ``target`` on the fake tensors of its arguments.
+    """
+    node = graph.call_function(target, args)
+    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
+    with like.meta["val"].fake_mode if hasattr(like.meta["val"], "fake_mode") else contextlib.nullcontext():
+        node.meta = {**like.meta, "val": target(*values)}
+    return node
+
+
+def input_index(placeholder: Node) -> int | None:
+    """Position of a joint graph's input among the inputs of the compiled callable; None for tangents."""
+    return getattr(placeholder.meta.get("desc"), "idx", None)
+
+
+def insert_begin(graph: Graph, inputs: list[Node]) -> Node:
+    """Insert the ``begin`` op at the head of the forward. Its result, the token, is saved for backward."""
+    anchor = next(node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor))
+    with graph.inserting_after(inputs[-1]):
+        token = call(graph, torch.ops.sparse_compile.begin.default, anchor, "", like=anchor)
+    # It has to run in the forward and nowhere else: inside a backward it would answer for whatever forward
+    # ran last. (The op counts as having a side effect, so that the forward is seen to need it; see ops.py.)
+    token.meta["partitioner_tag"] = "must_be_in_forward"
+    token.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return token

@@ -1,0 +1,204 @@
+"""The ``torch.compile`` backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import ShortenTraceback
+from torch.fx import Graph, GraphModule
+
+from sparse_compile import compilers, naming, passes
+from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that the passes insert)
+from sparse_compile.debug import GraphDump, dump
+from sparse_compile.report import Report, make_report
+from sparse_compile.passes import graph as graph_tools
+from sparse_compile.runtime import Runtime
+from sparse_compile.schedule import Schedule
+
+COMPILERS = ("inductor", "aot_eager")
+
+
+class ScheduleError(ShortenTraceback, ValueError):
+    """A schedule that does not fit the model, found while it is compiled. (Dynamo lets it through as it
+    is, where it wraps any other error of a backend.)"""
+
+
+class SparseBackend:
+    """A backend for ``torch.compile``; made by :func:`sparse_backend`.
+
+    One object may compile any number of graphs and models; clock, sites and report are one for all.
+
+    Attributes:
+        schedule: as given.
+        graphs: with ``debug``, the joint graphs before and after the rewrite, in order of compilation.
+    """
+
+    def __init__(self, schedule: Schedule, *, debug: bool | str | os.PathLike[str], compiler: str) -> None:
+        self.schedule = schedule
+        self.graphs: list[GraphDump] = []
+        self._debug = debug
+        self._compiler = compiler
+        self._runtime = Runtime(schedule, seed=torch.initial_seed())
+        self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._said_nothing_found = False
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph, as Dynamo asks.
+
+        Raises:
+            ScheduleError: (a ValueError) a pattern or block of the schedule that the model does not have.
+        """
+        parameters = naming.find_parameters(gm, example_inputs)
+        anchor = next(iter(parameters), None)
+        self._check_schedule(None if anchor is None else example_inputs[anchor.position])
+        names = {parameter.position: parameter.name for parameter in parameters}
+
+        def rewrite(graph: Graph) -> None:
+            before = dump(graph) if self._debug else ""
+            records = passes.rewrite(graph, names)
+            self._runtime.note(records, self._runtime.owner(anchor, example_inputs))
+            if self._debug:
+                self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
+                self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
+
+        if self._compiler == "inductor":
+            key = None if self._debug else self._cache_key(gm, names)
+            patches = dict(options or {})
+            compiled = compilers.with_inductor(gm, example_inputs, rewrite, key, mode=mode, options=patches)
+        else:
+            compiled = compilers.with_aot_eager(gm, example_inputs, rewrite)
+
+        def run(*inputs: Any) -> Any:
+            with self._runtime.forward_of(anchor, inputs):
+                outputs = compiled(*inputs)
+            if not self._runtime.sites and not self._said_nothing_found:
+                self._look_again_after_backward(outputs)
+            return outputs
+
+        return run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseBackend:
+        """Itself: a deep copy of a compiled model is one more model of the same backend."""
+        return self
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken by the models of this backend. Counted by itself; may be set, too."""
+        return self._runtime.clock.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._runtime.clock.step = step
+
+    def report(self) -> Report:
+        """What was matched, rewritten and left alone so far, and why; see :class:`Report`."""
+        return make_report(self.schedule, self._runtime)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, remembered gradients and seed: what a resumed run needs to continue this one.
+
+        It holds tensors and plain values only, so ``torch.save`` and ``torch.load(weights_only=True)``
+        take it.
+        """
+        return {"schedule": self.schedule.to_dict(), **self._runtime.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict()`` was taken; before or after the model was compiled.
+
+        Raises:
+            ValueError: the state is of another schedule, or is no state of a backend at all.
+        """
+        missing = {"schedule", "seed", "step", "sites"} - set(state)
+        if missing:
+            raise ValueError(f"state is no SparseBackend.state_dict(): it lacks {', '.join(sorted(missing))}.")
+        if state["schedule"] != self.schedule.to_dict():
+            raise ValueError(
+                f"state is of another schedule, {Schedule.from_dict(state['schedule'])}; allowed is the "
+                f"backend's own, {self.schedule}."
+            )
+        self._runtime.load_state_dict(dict(state))
+
+    def _check_schedule(self, parameter: object) -> None:
+        root = naming.find_root(parameter)
+        if root is None or root in self._checked:
+            return
+        self._checked.add(root)
+        try:
+            self.schedule.check_patterns(naming.module_paths(root))
+            counts = naming.block_counts(root)
+            if counts:
+                self.schedule.check_blocks(max(counts))
+        except ValueError as error:
+            raise ScheduleError(str(error)) from None
+
+    def _cache_key(self, gm: GraphModule, names: dict[int, str]) -> str:
+        """All that the compiled graph depends on beyond the graph: our source, the schedule, and the names,
+        which are in the graph's manifest but in no key of Inductor's."""
+        paths = [graph_tools.module_path(node) for node in gm.graph.nodes]
+        parts = [passes.source_hash(), self.schedule.to_dict(), sorted(names.items()), paths]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _look_again_after_backward(self, outputs: Any) -> None:
+        """Warn at the end of the first backward if no graph of this backend had anything to rewrite."""
+
+        def look() -> None:
+            if self._runtime.sites or self._said_nothing_found:
+                return
+            self._said_nothing_found = True
+            warnings.warn(
+                "sparse_backend has nothing to rewrite in this model: no linear layer with a gradient was "
+                "found, and it trains as under plain torch.compile. backend.report() lists what was seen.",
+                stacklevel=2,
+            )
+
+        def at_start(_: Any) -> None:
+            torch.autograd.Variable._execution_engine.queue_callback(look)
+
+        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None}:
+            node.register_prehook(at_start)
+
+
+def sparse_backend(
+    schedule: Schedule, *, debug: bool | str | os.PathLike[str] = False, compiler: str = "inductor"
+) -> SparseBackend:
+    """A backend for ``torch.compile`` that does not compute the part of the gradient that does not matter.
+
+    ::
+
+        backend = sparse_backend(Schedule(linear=Reuse(0.9)))
+        model = torch.compile(model, backend=backend)
+
+    Args:
+        schedule: what is sparsified, how much, and when.
+        debug: True keeps the joint graphs before and after the rewrite in ``backend.graphs``, and emits
+            them as artifacts where ``TORCH_TRACE`` is set (tlparse shows them); a path also writes them
+            into that folder. Compile caches are not used then.
+        compiler: ``"inductor"``, or ``"aot_eager"`` to run the rewritten graphs without Inductor.
+
+    Raises:
+        ValueError: ``schedule`` is not a Schedule, or ``compiler`` is not one of the two.
+    """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is {schedule!r}; allowed is a sparse_compile.Schedule, e.g. Schedule.exact().")
+    if compiler not in COMPILERS:
+        raise ValueError(f"compiler is {compiler!r}; allowed is {' or '.join(map(repr, COMPILERS))}.")
+    return SparseBackend(schedule, debug=debug, compiler=compiler)
+
+
+# What torch.compile(model, backend="sparse_compile") uses, through the torch_dynamo_backends entry point.
+default_backend = sparse_backend(Schedule.exact())

@@ -1,0 +1,83 @@
+"""When a training step ends: at an optimizer's step, not at a backward.
+
+Gradient accumulation runs several backwards per step, a GradScaler that sees an overflow runs one and
+takes no step, activation checkpointing and graph breaks run several graphs in one. What they all share is
+that ``optimizer.step()`` is called once the gradients are used; PyTorch lets us listen to that.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from sparse_compile.schedule import Schedule
+
+_PATIENCE = 100  # backwards without any optimizer step, after which something is wrong
+
+_clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
+
+
+class Clock:
+    """Counts the optimizer steps of the models of one backend, and holds the phase of the schedule.
+
+    Attributes:
+        step: optimizer steps taken.
+        phase: what the schedule says holds now.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._backwards = 0  # since the last step
+        self.step = 0
+        _clocks.add(self)
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.phase = self._schedule.at(step)
+        self._step = step
+
+    def watch(self, parameters: Iterable[object]) -> None:
+        """Add the parameters whose optimizer's steps count."""
+        for parameter in parameters:
+            self._parameters[parameter] = None
+
+    def owns(self, optimizer: Optimizer) -> bool:
+        return any(p in self._parameters for group in optimizer.param_groups for p in group["params"])
+
+    def backward_began(self) -> None:
+        self._backwards += 1
+        if self._backwards == _PATIENCE and self.step == 0 and self._schedule.total_steps is not None:
+            warnings.warn(
+                f"{_PATIENCE} backwards and no step of a torch.optim optimizer: the schedule stays at "
+                "step 0. With an optimizer of another kind, set `backend.step` after each step.",
+                stacklevel=2,
+            )
+
+    def tick(self) -> None:
+        """End the step, if a backward belongs to it. (Two optimizers for one model make one step.)"""
+        if self._backwards:
+            self._backwards = 0
+            self.step += 1
+
+
+@torch.compiler.disable
+def _optimizer_stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    clocks = list(_clocks)
+    # FSDP's optimizer holds shards that no graph sees: a stranger's step counts for everyone.
+    for clock in [clock for clock in clocks if clock.owns(optimizer)] or clocks:
+        clock.tick()
+
+
+register_optimizer_step_post_hook(_optimizer_stepped)

@@ -1,0 +1,59 @@
+"""What compiles a graph once the passes have rewritten it, and how they get to see the joint graph."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+Compiled = Callable[..., Any]
+Rewrite = Callable[[Graph], None]
+
+
+class JointPass(CustomGraphPass):
+    """The passes, as Inductor runs them on a joint graph before anything of its own.
+
+    Args:
+        rewrite: changes the graph in place.
+        key: of Inductor's and AOTAutograd's caches; everything that the result depends on beyond the graph
+            itself. None keeps the graph out of the caches.
+    """
+
+    def __init__(self, rewrite: Rewrite, key: str | None) -> None:
+        self._rewrite = rewrite
+        self._key = key if key is not None else uuid.uuid4().hex
+
+    def __call__(self, graph: Graph) -> None:
+        self._rewrite(graph)
+
+    def uuid(self) -> str:
+        return self._key
+
+
+def with_inductor(
+    gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite, key: str | None, *, mode: str | None, options: dict[str, Any]
+) -> Compiled:
+    """Compile by Inductor, with ``torch.compile``'s own ``mode`` and ``options``."""
+    patches = {**torch._inductor.list_mode_options(mode), **options} if mode else dict(options)
+    return compile_fx(gm, inputs, config_patches={**patches, "joint_custom_pre_pass": JointPass(rewrite, key)})
+
+
+def with_aot_eager(gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite) -> Compiled:
+    """Run the rewritten graphs as they are: quick to compile, for tests and for looking at graphs."""
+
+    def partition(joint: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> tuple[GraphModule, GraphModule]:
+        rewrite(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, joint_inputs, **options)
+
+    def as_is(graph: GraphModule, _: Sequence[Any]) -> Compiled:
+        return make_boxed_func(graph.forward)
+
+    return aot_module_simplified(gm, inputs, fw_compiler=as_is, bw_compiler=as_is, partition_fn=partition)

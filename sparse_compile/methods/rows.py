@@ -1,0 +1,38 @@
+"""An estimate of dY that has few distinct rows, which is what makes its products cheap."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """Ŷ [N, O], an estimate of dY, given by which of its rows are computed and what the others are.
+
+    Row i of Ŷ is dY_i where i is in ``kept``, base_t with t = i mod T where ``dropped[i]``, else zero.
+
+    Attributes:
+        kept: int64 [k], ascending, no index twice.
+        base: [T, O], or None if the other rows are all zero.
+        dropped: bool [N], or None together with ``base``.
+    """
+
+    kept: Tensor
+    base: Tensor | None = None
+    dropped: Tensor | None = None
+
+    @property
+    def computed(self) -> int:
+        """The number of rows that take part in the products."""
+        return self.kept.numel() + (0 if self.base is None else self.base.shape[0])
+
+    def dense(self, dy: Tensor) -> Tensor:
+        """Ŷ written out, [N, O]."""
+        estimate = torch.zeros_like(dy)
+        if self.base is not None and self.dropped is not None:
+            tiled = self.base.expand(dy.shape[0] // self.base.shape[0], *self.base.shape).reshape(dy.shape)
+            estimate = torch.where(self.dropped.unsqueeze(1), tiled, estimate)
+        return estimate.index_copy_(0, self.kept, dy.index_select(0, self.kept))

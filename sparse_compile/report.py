@@ -1,0 +1,180 @@
+"""What a backend did: every linear and attention it saw, what became of it, and what that saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sparse_compile.schedule import Schedule
+from sparse_compile.site import Site
+from sparse_compile.sites import SiteRecord
+
+if TYPE_CHECKING:
+    from sparse_compile.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport:
+    """One layer. FLOPs are per forward (and its backward), averaged over all backwards so far; before the
+    first one they are what the traced graph would cost densely.
+
+    Attributes:
+        name: module path; of a second model under the same backend, followed by ``@1``, and so on.
+        kind: ``"linear"``, ``"attention"`` or ``"matmul"``.
+        shape: (N, I, O) of a linear at its last backward.
+        method: the method at its last backward: ``"dense"``, ``"exact"``, ``"reuse"``.
+        keep: the share of dY's rows (or, with element and N:M reuse, entries) that the method computes now.
+        rewritten: whether an op of ours does its backward.
+        reason: why not, or why it gets another method than the schedule's.
+        calls: how often it is used in one forward.
+        rows: rows of dY in all backwards so far.
+        rows_skipped: how many of those were zero and skipped exactly.
+        rows_computed: how many took part in the products, rows of the base included.
+        flops_forward, flops_backward_dense, flops_backward: forward; backward if dense; backward as run.
+        flops_dense, flops: forward and backward, dense and as run.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    method: str
+    keep: float
+    rewritten: bool
+    reason: str
+    calls: int
+    rows: int = 0
+    rows_skipped: int = 0
+    rows_computed: int = 0
+    flops_forward: float = 0.0
+    flops_backward_dense: float = 0.0
+    flops_backward: float = 0.0
+
+    @property
+    def flops_dense(self) -> float:
+        return self.flops_forward + self.flops_backward_dense
+
+    @property
+    def flops(self) -> float:
+        return self.flops_forward + self.flops_backward
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "flops_dense": self.flops_dense, "flops": self.flops}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What ``backend.report()`` returns: ``print`` it for a table, ``to_dict()`` for machines.
+
+    Attributes:
+        step: optimizer steps taken.
+        schedule: of the backend.
+        sites: one for each layer, in the order of the graphs.
+    """
+
+    step: int
+    schedule: Schedule
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Sums over the sites, and ``flops_saved``, the share of ``flops_dense`` that was not computed."""
+        names = ("flops_forward", "flops_backward_dense", "flops_backward", "flops_dense", "flops")
+        totals: dict[str, float] = {name: sum(getattr(site, name) for site in self.sites) for name in names}
+        totals["flops_saved"] = 1 - totals["flops"] / totals["flops_dense"] if totals["flops_dense"] else 0.0
+        totals["sites"] = len(self.sites)
+        totals["rewritten"] = sum(site.rewritten for site in self.sites)
+        return totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {
+            "step": self.step,
+            "schedule": self.schedule.to_dict(),
+            "sites": [{**site.to_dict(), "shape": list(site.shape)} for site in self.sites],
+            "totals": self.totals,
+        }
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE_HEAD, title=self._title(), title_justify="left", pad_edge=False)
+        for heading in ("site", "kind", "shape", "method"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("keep", "zero rows", "backward GFLOP", "as run"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("note")
+        for site in self.sites:
+            table.add_row(*_cells(site))
+        console = Console(file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140))
+        console.print(table)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def _title(self) -> str:
+        totals = self.totals
+        return (
+            f"step {self.step}: {totals['rewritten']} of {totals['sites']} sites rewritten; "
+            f"{totals['flops'] / 1e9:.3f} of {totals['flops_dense'] / 1e9:.3f} GFLOP a step "
+            f"({totals['flops_saved']:.0%} saved; backward "
+            f"{totals['flops_backward'] / 1e9:.3f} of {totals['flops_backward_dense'] / 1e9:.3f})"
+        )
+
+
+def _cells(site: SiteReport) -> tuple[str, ...]:
+    return (
+        site.name,
+        site.kind,
+        " × ".join(map(str, site.shape)),
+        site.method,
+        f"{site.keep:.2f}",
+        f"{site.rows_skipped / site.rows:.0%}" if site.rows else "",
+        f"{site.flops_backward_dense / 1e9:.3f}",
+        f"{site.flops_backward / 1e9:.3f}",
+        site.reason,
+    )
+
+
+def make_report(schedule: Schedule, runtime: Runtime) -> Report:
+    """The report of a runtime, now."""
+    sites = tuple(
+        _site_report(name, records, runtime.sites.get(name), runtime) for name, records in runtime.records.items()
+    )
+    return Report(step=runtime.clock.step, schedule=schedule, sites=sites)
+
+
+def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtime: Runtime) -> SiteReport:
+    rewritten = [record for record in records if record.rewritten]
+    first = (rewritten or records)[0]
+    common: dict[str, Any] = {"name": name, "kind": first.kind, "calls": len(records)}
+    forward, backward = sum(r.flops_forward for r in records), sum(r.flops_backward for r in records)
+    if not rewritten or site is None:
+        return SiteReport(
+            **common,
+            shape=first.shape,
+            method="exact" if rewritten else "dense",
+            keep=1.0,
+            rewritten=bool(rewritten),
+            reason="; ".join(dict.fromkeys(r.reason for r in records if r.reason)),
+            flops_forward=forward,
+            flops_backward_dense=backward,
+            flops_backward=backward,
+        )
+    done = site.counters
+    # Before the first backward there is nothing to average, and the traced graph stands in.
+    runs = done.backwards / len(rewritten)
+    return SiteReport(
+        **common,
+        shape=first.shape if not done.backwards else (site.shape[0], site.shape[2], site.shape[1]),
+        method=site.method,
+        keep=site.keep(runtime.clock.phase.linear),
+        rewritten=site.left_alone is None,
+        reason=site.left_alone or site.held_back or first.reason,
+        rows=done.rows,
+        rows_skipped=done.rows_zero,
+        rows_computed=done.rows_computed,
+        flops_forward=done.flops_forward / runs if runs else forward,
+        flops_backward_dense=done.flops_backward_dense / runs if runs else backward,
+        flops_backward=done.flops_backward / runs if runs else backward,
+    )

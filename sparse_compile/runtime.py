@@ -1,0 +1,180 @@
+"""Everything that changes from step to step, in one object per backend.
+
+    compiled callable (backend.py)          ops (ops.py)                     site.py
+      with runtime.forward_of(…):  ────►  begin ─► Runtime.open ─► token
+                                          linear_backward(token, …) ─► find ─► Site.linear_backward
+
+The token (three integers in a tensor that autograd saves) names the runtime, the graph and the lane. The
+*lane* numbers the forwards that are in flight: where a model runs twice before one backward, as in a
+siamese network, each run remembers its own gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparse_compile import naming
+from sparse_compile.clock import Clock
+from sparse_compile.naming import NamedInput, Owner
+from sparse_compile.schedule import Reuse, Schedule
+from sparse_compile.site import Site, Use
+from sparse_compile.sites import SiteRecord, from_manifest
+
+Token = tuple[int, int, int]
+NO_TOKEN: Token = (-1, -1, -1)
+
+_ids = itertools.count()
+_runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
+_running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.ContextVar("running", default=None)
+
+
+@dataclasses.dataclass(slots=True)
+class RunningGraph:
+    """One compiled graph as one model runs it: its sites by number, and the lanes in flight."""
+
+    records: list[SiteRecord]
+    sites: list[Site]
+    lanes: set[int] = dataclasses.field(default_factory=set)
+    step: int = 0
+
+    def open_lane(self, step: int) -> int:
+        """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back."""
+        if step != self.step:
+            self.lanes.clear()
+            self.step = step
+        lane = next(lane for lane in itertools.count() if lane not in self.lanes)
+        self.lanes.add(lane)
+        return lane
+
+
+class Runtime:
+    """Clock, sites and their bases, for all the graphs and models of one backend.
+
+    Args:
+        schedule: what is to be done when.
+        seed: of every random choice; each depends on it, the site's name and a count, and on nothing else.
+    """
+
+    def __init__(self, schedule: Schedule, seed: int) -> None:
+        self.id = next(_ids)
+        self.schedule = schedule
+        self.seed = seed
+        self.clock = Clock(schedule)
+        self.sites: dict[str, Site] = {}
+        self.records: dict[str, list[SiteRecord]] = {}
+        self._graphs: list[RunningGraph] = []
+        self._graph_ids: dict[tuple[str, int, str], int] = {}
+        self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._roots: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._pending: dict[str, Any] = {}
+        _runtimes[self.id] = self
+
+    @contextlib.contextmanager
+    def forward_of(self, anchor: NamedInput | None, inputs: Sequence[object]) -> Iterator[None]:
+        """While a compiled callable runs: what ``begin`` asks for."""
+        token = _running.set((self, self.owner(anchor, inputs)))
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    def owner(self, anchor: NamedInput | None, inputs: Sequence[object]) -> Owner:
+        """Whose parameters a graph is called with."""
+        if anchor is None:
+            return Owner()
+        parameter = inputs[anchor.position]
+        owners = self._owners.setdefault(parameter, {})
+        if anchor.name not in owners:
+            owners[anchor.name] = naming.find_owner(parameter, anchor.name)
+            self.clock.watch(value for value in inputs if isinstance(value, nn.Parameter))
+        return owners[anchor.name]
+
+    def open(self, manifest: str, owner: Owner) -> Token:
+        """Begin a forward of the graph with this manifest."""
+        key = (manifest, self._copy(owner), owner.prefix)
+        number = self._graph_ids.get(key)
+        if number is None:
+            records = self.note(from_manifest(manifest), owner)
+            number = self._graph_ids[key] = len(self._graphs)
+            self._graphs.append(RunningGraph(records, self._make_sites(records, owner)))
+        return self.id, number, self._graphs[number].open_lane(self.clock.step)
+
+    def note(self, records: list[SiteRecord], owner: Owner) -> list[SiteRecord]:
+        """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
+        suffix = f"@{self._copy(owner)}" if self._copy(owner) else ""
+        records = [dataclasses.replace(r, name=f"{owner.prefix}{r.name}".rstrip(".") + suffix) for r in records]
+        for name in dict.fromkeys(record.name for record in records):
+            self.records[name] = [record for record in records if record.name == name]
+        return records
+
+    def _copy(self, owner: Owner) -> int:
+        """0 for the first model that this backend ran, 1 for its second (a deep copy, say), …"""
+        root = owner.root() if owner.root is not None else None
+        return 0 if root is None else self._roots.setdefault(root, len(self._roots))
+
+    def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
+        root = owner.root() if owner.root is not None else None
+        paths = [record.name.partition("@")[0] for record in records]
+        return [self._site(record.name, path, root, paths) for record, path in zip(records, paths, strict=True)]
+
+    def _site(self, name: str, path: str, root: nn.Module | None, paths: list[str]) -> Site:
+        if name not in self.sites:
+            block = naming.block_of(path, root, paths) if self.schedule.skip_layers else None
+            held_back = None
+            if block is not None and self.schedule.skips_block(*block):
+                held_back = f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
+            site = Site(
+                name, seed=self.seed, left_alone=self.schedule.reason_left_out(path), held_back=held_back
+            )
+            if name in self._pending:
+                site.load_state_dict(self._pending.pop(name))
+            self.sites[name] = site
+        return self.sites[name]
+
+    def find(self, token: Token, number: int) -> tuple[Site, Use, Reuse | None]:
+        """The site with this number in the graph that the token names, and what holds for it now."""
+        graph = self._graphs[token[1]]
+        if token[2] in graph.lanes:  # the first op of this backward
+            graph.lanes.discard(token[2])
+            self.clock.backward_began()
+        return graph.sites[number], (graph.records[number].call, token[2]), self.clock.phase.linear
+
+    def state_dict(self) -> dict[str, Any]:
+        sites = {name: site.state_dict() for name, site in self.sites.items()}
+        return {"seed": self.seed, "step": self.clock.step, "sites": {**self._pending, **sites}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Sites that do not exist yet (they are made when their graph first runs) take theirs then."""
+        self.seed = state["seed"]
+        self.clock.step = state["step"]
+        self._pending = dict(state["sites"])
+        for name, site in self.sites.items():
+            site.seed = self.seed
+            if name in self._pending:
+                site.load_state_dict(self._pending.pop(name))
+
+
+def begin(manifest: str) -> Token:
+    """Called by the ``begin`` op: whose forward is this?"""
+    running = _running.get()
+    if running is None:
+        return NO_TOKEN
+    runtime, owner = running
+    return runtime.open(manifest, owner)
+
+
+def find(token: Sequence[int], number: int) -> tuple[Site, Use, Reuse | None]:
+    """Called by every backward op. Without its backend, all that is left to do is exact skipping."""
+    runtime = _runtimes.get(token[0])
+    if runtime is None:
+        return Site(""), (0, 0), None
+    return runtime.find((token[0], token[1], token[2]), number)

@@ -1,0 +1,520 @@
+"""One short test per rule of `Reuse` and `Schedule`; a refusal is always checked by its sentence."""
+
+import json
+import math
+import re
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+
+from sparse_compile.phases import parse_n_m
+from sparse_compile.schedule import METHODS, Reuse, Schedule, pattern_matches
+
+DENSE_THEN_REUSE = [(0.0, 0.0), (0.9, 0.25)]
+
+PATHS = [
+    "bert.embeddings.word_embeddings",
+    "bert.encoder.layer.1.attention.self.query",
+    "bert.encoder.layer.1.intermediate.dense",
+    "bert.encoder.layer.11.intermediate.dense",
+    "classifier",
+]
+
+
+def refused(*parts: str):
+    """Expects a ValueError whose sentence contains all `parts`, in order."""
+    return pytest.raises(ValueError, match=".*".join(map(re.escape, parts)))
+
+
+# Reuse: the ratio as one value
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, 0.5, 0.9999999999999999, np.float64(0.25), "2:4", "4:4", "1:16"])
+def test_single_ratio_is_accepted(ratio):
+    assert Reuse(ratio).ratio == ratio
+    assert Reuse(ratio).phases == ((ratio, 0.0),)
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [True, False, math.nan, math.inf, -math.inf, -0.1, -1e-300, 1, 1.0, 1.2, 10**400, None, 0.5j, {}, {0.5}],
+)
+def test_ratio_outside_its_range_is_refused(ratio):
+    with refused(
+        f"Reuse.ratio is {ratio!r}; allowed is a number in [0, 1), ", "a list of (ratio, start) pairs."
+    ):
+        Reuse(ratio)
+
+
+@pytest.mark.parametrize(
+    "ratio", ["", "0.9", "2", "0:4", "5:4", "2:", "2:4:8", "-2:4", " 2:4", "2:4\n", "02:4", "a:b"]
+)
+def test_string_that_is_no_n_m_pattern_is_refused(ratio):
+    with refused(f"Reuse.ratio is {ratio!r}", '"n:m" (1 <= n <= m)'):
+        Reuse(ratio)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.0, np.int64(0), [(0, 0)], [[0, 0]], ((-0.0, 0.0),)])
+def test_ratio_is_stored_as_floats_and_tuples(ratio):
+    assert repr(Reuse(ratio).ratio) in ("0.0", "((0.0, 0.0),)")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2:4", (2, 4)), ("4:4", (4, 4)), ("1:16", (1, 16))])
+def test_parse_n_m(text, expected):
+    assert parse_n_m(text) == expected
+
+
+def test_parse_n_m_refuses_more_kept_than_there_are():
+    with refused("'5:4'", "1 <= n <= m"):
+        parse_n_m("5:4")
+
+
+# Reuse: phases
+
+
+@pytest.mark.parametrize(
+    "phases", [[(0.0, 0.0), (0.9, 1.0)], [(0.9, 0), (0.0, 0.5)], [("2:4", 0.0)], [[0.5, 0.0]]]
+)
+def test_phases_are_accepted(phases):
+    assert Reuse(phases).phases == tuple(tuple(pair) for pair in phases)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "sentence"),
+    [
+        ([], "Reuse.ratio is []; allowed is a list of at least one"),
+        ((0.9, 0.25), "Reuse.ratio[0] is 0.9; allowed is a (ratio, start) pair"),
+        ([(0.0, 0.0), (0.9,)], "Reuse.ratio[1] is (0.9,); allowed is a (ratio, start) pair"),
+        ([(0.0, 0.0, 0.0)], "Reuse.ratio[0] is (0.0, 0.0, 0.0); allowed is a (ratio, start) pair"),
+        (["24"], "Reuse.ratio[0] is '24'; allowed is a (ratio, start) pair"),
+        ([(1.0, 0.0)], "The ratio in Reuse.ratio[0] is 1.0; allowed is a number in [0, 1)"),
+        ([(True, 0.0)], "The ratio in Reuse.ratio[0] is True"),
+        ([("5:4", 0.0)], "The ratio in Reuse.ratio[0] is '5:4'"),
+        ([(DENSE_THEN_REUSE, 0.0)], "The ratio in Reuse.ratio[0] is [(0.0"),
+        ([(0.0, 0.0), (0.9, 1.01)], "The start in Reuse.ratio[1] is 1.01; allowed is a number in [0, 1]"),
+        ([(0.0, -0.1)], "The start in Reuse.ratio[0] is -0.1"),
+        ([(0.0, math.nan)], "The start in Reuse.ratio[0] is nan"),
+        ([(0.0, False)], "The start in Reuse.ratio[0] is False"),
+        ([(0.0, "0")], "The start in Reuse.ratio[0] is '0'"),
+    ],
+)
+def test_malformed_phases_are_refused(ratio, sentence):
+    with refused(sentence):
+        Reuse(ratio)
+
+
+@pytest.mark.parametrize("starts", [(0.0, 0.5, 0.5), (0.0, 0.75, 0.5), (0.5, 0.0)])
+def test_unsorted_or_overlapping_phases_are_refused_with_the_pair(starts):
+    earlier, later = starts[-2:]
+    with refused(f"unsorted or overlapping phases, (0.1, {earlier}) before (0.1, {later})"):
+        Reuse([(0.1, start) for start in starts])
+
+
+def test_first_phase_must_start_at_zero():
+    with refused("Reuse.ratio starts at 0.25", "add (0.0, 0.0) for a dense start"):
+        Reuse([(0.9, 0.25)])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "ratio"),
+    [(0, 0.0), (0.2499999, 0.0), (0.25, 0.9), (0.5, 0.9), (0.75, 0.1), (1.0, 0.1), (7.5, 0.1)],
+)
+def test_ratio_is_piecewise_constant(fraction, ratio):
+    reuse = Reuse([*DENSE_THEN_REUSE, (0.1, 0.75)], "element", "sample", 3)
+    assert reuse.at(fraction) == Reuse(ratio, "element", "sample", 3)
+
+
+def test_single_ratio_holds_at_every_fraction():
+    assert Reuse(0.9).at(0.0) == Reuse(0.9).at(1.0) == Reuse(0.9)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, math.nan, True, "0.5", None])
+def test_at_refuses_what_is_no_fraction(fraction):
+    with refused(f"The fraction in Reuse.at is {fraction!r}; allowed is a number >= 0"):
+        Reuse(0.9).at(fraction)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "keep"), [(0, 1.0), (0.75, 0.25), ("2:4", 0.5), ("4:4", 1.0), ([(0.5, 0.0)], 0.5)]
+)
+def test_keep_is_one_minus_ratio(ratio, keep):
+    assert Reuse(ratio).keep == keep
+
+
+def test_keep_of_several_phases_is_refused():
+    with refused("Reuse.keep is not defined for the 2 phases"):
+        _ = Reuse(DENSE_THEN_REUSE).keep
+
+
+@pytest.mark.parametrize(("ratio", "needed"), [(0.9, False), ([(0.9, 0.0)], False), (DENSE_THEN_REUSE, True)])
+def test_total_steps_are_needed_by_late_phases_only(ratio, needed):
+    assert Reuse(ratio).needs_total_steps is needed
+
+
+# Reuse: granularity, source, refresh_every
+
+
+@pytest.mark.parametrize("ratio", ["2:4", [("2:4", 0.0), ("3:4", 0.25), (0.0, 0.5)], [(0, 0), ("2:4", 0.5)]])
+def test_n_m_ratio_chooses_its_granularity(ratio):
+    assert Reuse(ratio).granularity == "n:m"
+    assert Reuse(ratio) == Reuse(ratio, "n:m")
+
+
+def test_dense_phase_keeps_the_n_m_granularity():
+    assert Reuse([("2:4", 0.0), (0.0, 0.5)]).at(0.5) == Reuse(0.0, "n:m")
+
+
+def test_n_m_ratio_with_element_granularity_is_refused():
+    with refused("Reuse.granularity is 'element'", '"n:m" with the ratio "2:4"'):
+        Reuse([(0.0, 0.0), ("2:4", 0.5)], "element")
+
+
+@pytest.mark.parametrize("ratio", [0.5, [("2:4", 0.0), (0.5, 0.25)]])
+def test_number_with_n_m_granularity_is_refused(ratio):
+    with refused("Reuse.ratio holds 0.5", 'allowed with granularity "n:m"', "or 0.0 (dense)"):
+        Reuse(ratio, "n:m")
+
+
+def test_number_beside_an_n_m_ratio_is_refused_at_the_default_granularity():
+    with refused("Reuse.ratio holds 0.5"):
+        Reuse([("2:4", 0.0), (0.5, 0.25)])
+
+
+@pytest.mark.parametrize("granularity", ["Row", "2:4", "", None, 1, ["row"]])
+def test_unknown_granularity_is_refused(granularity):
+    with refused(f"Reuse.granularity is {granularity!r}", '"row" or "element" or "n:m"'):
+        Reuse(0.9, granularity)
+
+
+@pytest.mark.parametrize("source", ["batch", "", None, ["mean"]])
+def test_unknown_source_is_refused(source):
+    with refused(f"Reuse.source is {source!r}", '"mean" or "sample"'):
+        Reuse(0.9, source=source)
+
+
+@pytest.mark.parametrize("refresh_every", [0, -1, 1.0, True, "1", None])
+def test_refresh_every_must_be_a_positive_int(refresh_every):
+    with refused(f"Reuse.refresh_every is {refresh_every!r}", "an int >= 1"):
+        Reuse(0.9, refresh_every=refresh_every)
+
+
+# Schedule: methods
+
+
+@pytest.mark.parametrize("field", [field for field, accepted in METHODS.items() if not accepted])
+def test_field_without_methods_accepts_only_none(field):
+    assert getattr(Schedule(**{field: None}), field) is None
+    with refused(f"Schedule.{field}: Reuse(", "is not available in this version (only None is)."):
+        Schedule(**{field: Reuse(0.9)})
+
+
+@pytest.mark.parametrize("linear", [0.9, "2:4", DENSE_THEN_REUSE, Reuse, {"ratio": 0.9}, True])
+def test_linear_that_is_no_method_is_refused_with_a_hint(linear):
+    with refused("Schedule.linear is ", "None or Reuse, e.g. linear=Reuse(0.9)"):
+        Schedule(linear=linear)
+
+
+def test_arguments_are_keyword_only():
+    with pytest.raises(TypeError):
+        Schedule(Reuse(0.9))
+
+
+def test_exact_is_the_default_schedule():
+    assert Schedule.exact() == Schedule()
+
+
+def test_exact_takes_no_method():
+    with pytest.raises(TypeError, match="linear"):
+        Schedule.exact(linear=Reuse(0.9))
+
+
+def test_resprop_has_the_choices_of_its_paper():
+    assert Schedule.resprop() == Schedule(linear=Reuse(0.9, "element", "sample"))
+
+
+@pytest.mark.parametrize("preset", [Schedule.exact, Schedule.resprop])
+def test_preset_passes_options_through(preset):
+    options = {"include": ("a",), "exclude": ("b",), "skip_layers": (0,), "total_steps": 7}
+    assert preset(**options) == replace(preset(), **options)
+
+
+def test_resprop_takes_phases():
+    schedule = Schedule.resprop(DENSE_THEN_REUSE, total_steps=8)
+    assert schedule.at(2).linear == Reuse(0.9, "element", "sample")
+
+
+# Schedule: steps
+
+
+def test_fractions_without_total_steps_are_refused():
+    with refused("Schedule.linear", "(0.9, 0.25)", "fractions without total_steps", "Schedule.total_steps"):
+        Schedule(linear=Reuse(DENSE_THEN_REUSE))
+
+
+@pytest.mark.parametrize("total_steps", [0, -1, 10.0, True, "10"])
+def test_total_steps_must_be_a_positive_int(total_steps):
+    with refused(f"Schedule.total_steps is {total_steps!r}", "an int >= 1"):
+        Schedule(total_steps=total_steps)
+
+
+@pytest.mark.parametrize(
+    ("step", "fraction"), [(0, 0.0), (1, 0.1), (3, 0.3), (10, 1.0), (11, 1.0), (10**400, 1.0)]
+)
+def test_fraction_of_training(step, fraction):
+    assert Schedule(total_steps=10).fraction(step) == fraction
+
+
+def test_fraction_without_total_steps_is_zero():
+    assert Schedule().fraction(10**6) == 0.0
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, True, "1", None])
+@pytest.mark.parametrize("method", ["at", "fraction"])
+def test_step_must_be_an_int_from_zero(method, step):
+    with refused(f"The step of a schedule is {step!r}", "an int >= 0"):
+        getattr(Schedule(), method)(step)
+
+
+@pytest.mark.parametrize("total_steps", [1, 3, 7, 30, 1000])
+def test_phase_begins_at_the_first_step_that_reaches_its_start(total_steps):
+    schedule = Schedule(linear=Reuse([(0.0, 0.0), (0.9, 0.1)]), total_steps=total_steps)
+    first = -(-total_steps // 10)
+    assert schedule.at(first - 1).linear == Reuse(0.0)
+    assert schedule.at(first).linear == Reuse(0.9)
+
+
+def test_at_resolves_every_field():
+    phase = Schedule(linear=Reuse(0.9), total_steps=4).at(3)
+    assert (phase.step, phase.fraction, phase.linear) == (3, 0.75, Reuse(0.9))
+    assert all(getattr(phase, field) is None for field in METHODS if field != "linear")
+
+
+# Schedule: which modules
+
+
+@pytest.mark.parametrize("field", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("value", "stored"), [("a.*", ("a.*",)), (["a", "b"], ("a", "b")), ((), ()), ([], ())]
+)
+def test_patterns_are_stored_as_a_tuple(field, value, stored):
+    assert getattr(Schedule(**{field: value}), field) == stored
+
+
+@pytest.mark.parametrize("field", ["include", "exclude"])
+@pytest.mark.parametrize("value", ["", ["a", ""], [1], None, 3, {"a"}, {"a": 1}])
+def test_patterns_must_be_non_empty_strings(field, value):
+    with refused(f"Schedule.{field} is {value!r}", "a non-empty str or a list of them"):
+        Schedule(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        ("layer.1", "enc.layer.1"),
+        ("layer.1", "enc.layer.1.dense"),
+        ("enc", "enc.layer.1.dense"),
+        ("dense", "enc.layer.1.dense"),
+        ("enc.layer.1.dense", "enc.layer.1.dense"),
+        ("enc.*.dense", "enc.layer.1.dense"),
+        ("enc*dense", "enc.layer.1.dense"),
+        ("layer.[01]", "enc.layer.1.dense"),
+        ("layer.?", "enc.layer.1.dense"),
+        ("*", ""),
+    ],
+)
+def test_pattern_matches(pattern, path):
+    assert pattern_matches(pattern, path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        ("layer.1", "enc.layer.11.dense"),
+        ("layer.1", "enc.sublayer.1.dense"),
+        ("layer.1.dense", "enc.layer.1"),
+        ("layer.dense", "enc.layer.1.dense"),
+        ("Dense", "enc.layer.1.dense"),
+        ("den", "enc.layer.1.dense"),
+        ("layer.[02]", "enc.layer.1.dense"),
+        ("layer.?", "enc.layer.11.dense"),
+        ("enc.", "enc.layer.1.dense"),
+        ("head", ""),
+    ],
+)
+def test_pattern_does_not_match(pattern, path):
+    assert not pattern_matches(pattern, path)
+
+
+def test_everything_is_selected_by_default():
+    assert Schedule().reason_left_out("any.module") is None
+
+
+def test_include_selects_only_what_it_matches():
+    schedule = Schedule(include=("query", "dense"))
+    assert schedule.reason_left_out("layer.1.dense") is None
+    assert schedule.reason_left_out("classifier") == "matches no include pattern ('query', 'dense')"
+
+
+def test_exclude_is_stronger_than_include():
+    schedule = Schedule(include="dense", exclude=("head", "layer.1"))
+    assert schedule.reason_left_out("layer.2.dense") is None
+    assert schedule.reason_left_out("layer.1.dense") == "matches the exclude pattern 'layer.1'"
+
+
+def test_patterns_that_match_pass_the_check():
+    Schedule(include="layer.1*", exclude="classifier").check_patterns(iter(PATHS))
+
+
+@pytest.mark.parametrize(("field", "other"), [("include", "exclude"), ("exclude", "include")])
+def test_pattern_without_a_match_is_refused_with_near_names(field, other):
+    schedule = Schedule(**{field: ["query", "clasifier"], other: "dense"})
+    with refused(
+        f"Schedule.{field} has the pattern 'clasifier'", "5 module paths", "near names: 'classifier'."
+    ):
+        schedule.check_patterns(PATHS)
+
+
+def test_near_names_include_last_components():
+    with refused("near names: 'query'."):
+        Schedule(include="querry").check_patterns(PATHS)
+
+
+def test_near_names_are_five_at_most():
+    with pytest.raises(ValueError, match=r"near names: ('layer[0-9]', ){4}'layer[0-9]'[.]$"):
+        Schedule(include="layer").check_patterns([f"layer{i}" for i in range(9)])
+
+
+def test_pattern_without_a_near_name():
+    with refused("near names: none."):
+        Schedule(exclude="zzz").check_patterns(PATHS)
+
+
+# Schedule: which blocks
+
+
+@pytest.mark.parametrize(("value", "stored"), [(0, (0,)), (-1, (-1,)), ([0, -1], (0, -1)), ((), ())])
+def test_skip_layers_are_stored_as_a_tuple(value, stored):
+    assert Schedule(skip_layers=value).skip_layers == stored
+
+
+@pytest.mark.parametrize("value", ["0", [0, True], [0.0], None, {0}, [[0]]])
+def test_skip_layers_must_be_ints(value):
+    with refused(f"Schedule.skip_layers is {value!r}", "an int or a list of ints"):
+        Schedule(skip_layers=value)
+
+
+def test_duplicate_skip_layers_are_refused():
+    with refused("Schedule.skip_layers is [0, 1, 0]", "without duplicates"):
+        Schedule(skip_layers=[0, 1, 0])
+
+
+@pytest.mark.parametrize(("index", "skipped"), [(0, True), (1, False), (2, True), (3, False)])
+def test_skip_layers_count_from_both_ends(index, skipped):
+    assert Schedule(skip_layers=(0, -2)).skips_block(index, 4) is skipped
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_skips_block_refuses_an_index_out_of_range(index):
+    with refused(f"The index in Schedule.skips_block is {index}", "an int in [0, 4)"):
+        Schedule(skip_layers=-1).skips_block(index, 4)
+
+
+@pytest.mark.parametrize("value", [3, -4, (0, -1)])
+def test_skip_layers_within_the_model_pass_the_check(value):
+    Schedule(skip_layers=value).check_blocks(4)
+
+
+@pytest.mark.parametrize("value", [4, -5])
+def test_skip_layers_beyond_the_model_are_refused(value):
+    with refused(f"An index in Schedule.skip_layers is {value}", "an int in [-4, 4) for 4 blocks"):
+        Schedule(skip_layers=(0, value)).check_blocks(4)
+
+
+def test_skip_layers_of_a_model_without_blocks_are_refused():
+    with refused("An index in Schedule.skip_layers is 0", "no blocks"):
+        Schedule(skip_layers=0).check_blocks(0)
+
+
+# Schedule: as a value, and through JSON
+
+SCHEDULES = [
+    Schedule(),
+    Schedule(linear=Reuse(0)),
+    Schedule(linear=Reuse(0.1 + 0.2, "element", "sample", 5), include="dense"),
+    Schedule(linear=Reuse(DENSE_THEN_REUSE), total_steps=10_000, exclude=["head"], skip_layers=(0, -1)),
+    Schedule(linear=Reuse([("2:4", 0.0), ("3:4", 0.25), (0.0, 0.5)]), total_steps=3),
+    Schedule.resprop(0.5),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_survives_json(schedule):
+    values = schedule.to_dict()
+    text = json.dumps(values)
+    copy = Schedule.from_dict(json.loads(text))
+    assert copy == schedule
+    assert hash(copy) == hash(schedule)
+    assert json.loads(text) == values
+    assert repr(copy) == repr(schedule)
+
+
+def test_schedules_differ():
+    assert len(set(SCHEDULES)) == len(SCHEDULES)
+
+
+def test_equal_settings_hash_equally():
+    one = Schedule(linear=Reuse([[0, 0], [0.9, 0.5]]), include="a", skip_layers=1, total_steps=2)
+    other = Schedule(linear=Reuse(((0.0, 0.0), (0.9, 0.5))), include=["a"], skip_layers=[1], total_steps=2)
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"), [(Reuse(0.9), "ratio"), (Schedule(), "linear"), (Schedule().at(0), "step")]
+)
+def test_values_are_frozen(value, field):
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, field, None)
+
+
+def test_method_dict_carries_its_name():
+    assert Schedule(linear=Reuse("2:4")).to_dict()["linear"] == {
+        "method": "reuse",
+        "ratio": "2:4",
+        "granularity": "n:m",
+        "source": "mean",
+        "refresh_every": 1,
+    }
+
+
+@pytest.mark.parametrize("values", [{}, {"linear": None}, {"include": [], "attention": None}])
+def test_absent_keys_have_their_defaults(values):
+    assert Schedule.from_dict(values) == Schedule()
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (0.9, ["The argument of Schedule.from_dict is 0.9", "a dict"]),
+        (
+            {"liner": None},
+            ["Schedule has the unknown key 'liner'", "near names: 'linear'", "allowed are 'linear',"],
+        ),
+        ({1: None}, ["Schedule has the unknown key 1", "near names: none"]),
+        (
+            {"linear": {"method": "reuse", "ration": 0.9}},
+            ["Schedule.linear", "key 'ration'", "near names: 'ratio'"],
+        ),
+        ({"linear": {"method": "reuse"}}, ["Schedule.linear lacks the key 'ratio'"]),
+        ({"linear": {"method": "reuse", "ratio": 1.2}}, ["Reuse.ratio is 1.2"]),
+        ({"linear": {"method": "vcas", "ratio": 0.9}}, ["Schedule.linear[\"method\"] is 'vcas'", '"reuse"']),
+        ({"linear": {"ratio": 0.9}}, ['Schedule.linear["method"] is None', '"reuse"']),
+        ({"linear": {"method": ["reuse"]}}, ["Schedule.linear[\"method\"] is ['reuse']"]),
+        ({"linear": 0.9}, ["Schedule.linear is 0.9", "linear=Reuse(0.9)"]),
+        ({"attention": {"method": "reuse", "ratio": 0.9}}, ["Schedule.attention: {'method'", "only None is"]),
+    ],
+)
+def test_from_dict_refuses_with_a_sentence(values, parts):
+    with refused(*parts):
+        Schedule.from_dict(values)
