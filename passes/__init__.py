@@ -7,27 +7,32 @@ op per site, which asks the runtime at every step what is to be done; so a phase
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.fx import Graph
-
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.attention import record_attentions
+from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import rewrite_linears
+from torch.fx import Graph
+
 from sparse_compile.sites import SiteRecord, to_manifest
 
+__all__ = ["linears_called", "rewrite", "source_hash"]
 
-def rewrite(graph: Graph, parameters: dict[int, str]) -> list[SiteRecord]:
+
+def rewrite(graph: Graph, parameters: dict[int, str], linears: Sequence[str] = ()) -> list[SiteRecord]:
     """Rewrite a joint graph in place.
 
     Args:
         graph: the joint graph of AOTAutograd, with or without Inductor's decompositions.
         parameters: position among the graph's inputs -> name of the parameter there.
+        linears: names of the linears that must turn up in the result (:func:`linears_called`).
 
     Returns:
-        A record of every linear and attention: rewritten, or left alone and why. If something was
-        rewritten the same records are in the graph, as the manifest of its ``begin`` op.
+        A record of every linear and attention: rewritten, or left alone and why. The same records are in
+        the graph, as the manifest of its ``begin`` op.
     """
     records: list[SiteRecord] = []
     inputs = graph.find_nodes(op="placeholder")
@@ -40,11 +45,10 @@ def rewrite(graph: Graph, parameters: dict[int, str]) -> list[SiteRecord]:
     rewrite_linears(graph, token=token, below=below, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     record_attentions(graph, records)
+    # Last: it lists what none of the others recognised.
+    record_leftovers(graph, below=below, called=linears, records=records)
 
-    if token.users:
-        token.update_arg(1, to_manifest(records))
-    else:
-        graph.erase_node(token)
+    token.update_arg(1, to_manifest(records))
     graph.lint()
     return records
 

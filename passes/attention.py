@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+from sparse_compile.passes import graph as g
 from torch.fx import Graph, Node
 
-from sparse_compile.passes import graph as g
 from sparse_compile.sites import SiteRecord
 
 LEFT_ALONE = "the backward of attention is not rewritten in this version"

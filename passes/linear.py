@@ -25,9 +25,9 @@ import dataclasses
 import operator
 
 import torch
+from sparse_compile.passes import graph as g
 from torch.fx import Graph, Node
 
-from sparse_compile.passes import graph as g
 from sparse_compile.sites import SiteRecord
 
 aten = torch.ops.aten
@@ -221,6 +221,8 @@ def _tokens(graph: Graph, match: LinearMatch) -> int | Node:
         return 1
     tokens: int | Node = 1
     for dim, size in enumerate(shape[1:-1], start=1):
-        factor = size if isinstance(size, int) else g.call(graph, aten.sym_size.int, source, dim, like=match.first)
+        factor = (
+            size if isinstance(size, int) else g.call(graph, aten.sym_size.int, source, dim, like=match.first)
+        )
         tokens = factor if tokens == 1 else g.call(graph, operator.mul, tokens, factor, like=match.first)
     return tokens

@@ -18,8 +18,8 @@ from torch.fx import Graph, GraphModule
 from sparse_compile import compilers, naming, passes
 from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that the passes insert)
 from sparse_compile.debug import GraphDump, dump
-from sparse_compile.report import Report, make_report
 from sparse_compile.passes import graph as graph_tools
+from sparse_compile.report import Report, make_report
 from sparse_compile.runtime import Runtime
 from sparse_compile.schedule import Schedule
 
@@ -67,10 +67,11 @@ class SparseBackend:
         anchor = next(iter(parameters), None)
         self._check_schedule(None if anchor is None else example_inputs[anchor.position])
         names = {parameter.position: parameter.name for parameter in parameters}
+        linears = list(passes.linears_called(gm, names))
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
-            records = passes.rewrite(graph, names)
+            records = passes.rewrite(graph, names, linears)
             self._runtime.note(records, self._runtime.owner(anchor, example_inputs))
             if self._debug:
                 self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
@@ -125,7 +126,9 @@ class SparseBackend:
         """
         missing = {"schedule", "seed", "step", "sites"} - set(state)
         if missing:
-            raise ValueError(f"state is no SparseBackend.state_dict(): it lacks {', '.join(sorted(missing))}.")
+            raise ValueError(
+                f"state is no SparseBackend.state_dict(): it lacks {', '.join(sorted(missing))}."
+            )
         if state["schedule"] != self.schedule.to_dict():
             raise ValueError(
                 f"state is of another schedule, {Schedule.from_dict(state['schedule'])}; allowed is the "
@@ -194,7 +197,9 @@ def sparse_backend(
         ValueError: ``schedule`` is not a Schedule, or ``compiler`` is not one of the two.
     """
     if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule is {schedule!r}; allowed is a sparse_compile.Schedule, e.g. Schedule.exact().")
+        raise ValueError(
+            f"schedule is {schedule!r}; allowed is a sparse_compile.Schedule, e.g. Schedule.exact()."
+        )
     if compiler not in COMPILERS:
         raise ValueError(f"compiler is {compiler!r}; allowed is {' or '.join(map(repr, COMPILERS))}.")
     return SparseBackend(schedule, debug=debug, compiler=compiler)

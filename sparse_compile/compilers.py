@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,17 +37,27 @@ class JointPass(CustomGraphPass):
 
 
 def with_inductor(
-    gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite, key: str | None, *, mode: str | None, options: dict[str, Any]
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    rewrite: Rewrite,
+    key: str | None,
+    *,
+    mode: str | None,
+    options: dict[str, Any],
 ) -> Compiled:
     """Compile by Inductor, with ``torch.compile``'s own ``mode`` and ``options``."""
     patches = {**torch._inductor.list_mode_options(mode), **options} if mode else dict(options)
-    return compile_fx(gm, inputs, config_patches={**patches, "joint_custom_pre_pass": JointPass(rewrite, key)})
+    return compile_fx(
+        gm, inputs, config_patches={**patches, "joint_custom_pre_pass": JointPass(rewrite, key)}
+    )
 
 
 def with_aot_eager(gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite) -> Compiled:
     """Run the rewritten graphs as they are: quick to compile, for tests and for looking at graphs."""
 
-    def partition(joint: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> tuple[GraphModule, GraphModule]:
+    def partition(
+        joint: GraphModule, joint_inputs: Sequence[Any], **options: Any
+    ) -> tuple[GraphModule, GraphModule]:
         rewrite(joint.graph)
         joint.recompile()
         return min_cut_rematerialization_partition(joint, joint_inputs, **options)

@@ -109,7 +109,9 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def module_paths(root: nn.Module) -> list[str]:
     """Every module path of a model, and the paths of weights that are parameters of their own."""
-    paths = {clean(name) for name, _ in root.named_modules()} | {clean(name) for name, _ in root.named_parameters()}
+    paths = {clean(name) for name, _ in root.named_modules()} | {
+        clean(name) for name, _ in root.named_parameters()
+    }
     return sorted(paths - {""})
 
 
@@ -144,6 +146,8 @@ def block_counts(root: nn.Module) -> list[int]:
     """The number of blocks in each outermost list of repeated modules."""
     counts = []
     for name, module in root.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(p.isdigit() for p in clean(name).split(".")):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(
+            p.isdigit() for p in clean(name).split(".")
+        ):
             counts.append(len(module))
     return counts

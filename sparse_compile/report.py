@@ -108,7 +108,9 @@ class Report:
         table.add_column("note")
         for site in self.sites:
             table.add_row(*_cells(site))
-        console = Console(file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140))
+        console = Console(
+            file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140)
+        )
         console.print(table)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -139,7 +141,8 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
 def make_report(schedule: Schedule, runtime: Runtime) -> Report:
     """The report of a runtime, now."""
     sites = tuple(
-        _site_report(name, records, runtime.sites.get(name), runtime) for name, records in runtime.records.items()
+        _site_report(name, records, runtime.sites.get(name), runtime)
+        for name, records in runtime.records.items()
     )
     return Report(step=runtime.clock.step, schedule=schedule, sites=sites)
 

@@ -34,7 +34,9 @@ NO_TOKEN: Token = (-1, -1, -1)
 
 _ids = itertools.count()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
-_running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.ContextVar("running", default=None)
+_running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.ContextVar(
+    "running", default=None
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,7 +113,9 @@ class Runtime:
     def note(self, records: list[SiteRecord], owner: Owner) -> list[SiteRecord]:
         """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
         suffix = f"@{self._copy(owner)}" if self._copy(owner) else ""
-        records = [dataclasses.replace(r, name=f"{owner.prefix}{r.name}".rstrip(".") + suffix) for r in records]
+        records = [
+            dataclasses.replace(r, name=f"{owner.prefix}{r.name}".rstrip(".") + suffix) for r in records
+        ]
         for name in dict.fromkeys(record.name for record in records):
             self.records[name] = [record for record in records if record.name == name]
         return records
@@ -124,7 +128,9 @@ class Runtime:
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None
         paths = [record.name.partition("@")[0] for record in records]
-        return [self._site(record.name, path, root, paths) for record, path in zip(records, paths, strict=True)]
+        return [
+            self._site(record.name, path, root, paths) for record, path in zip(records, paths, strict=True)
+        ]
 
     def _site(self, name: str, path: str, root: nn.Module | None, paths: list[str]) -> Site:
         if name not in self.sites:

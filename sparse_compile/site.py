@@ -99,7 +99,9 @@ class Site:
             compact = kernel.gather(dy, estimate)
             return (
                 None if w is None else kernel.input_gradient_of_rows(compact, w, estimate, len(dy)),
-                None if x is None else kernel.weight_gradient_of_rows(compact, x, estimate, transposed=dw_transposed),
+                None
+                if x is None
+                else kernel.weight_gradient_of_rows(compact, x, estimate, transposed=dw_transposed),
             )
         for_dx, for_dw = estimate
         return (
