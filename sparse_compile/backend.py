@@ -30,6 +30,9 @@ class ScheduleError(ShortenTraceback, ValueError):
     """A schedule that does not fit the model, found while it is compiled. (Dynamo lets it through as it
     is, where it wraps any other error of a backend.)"""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
 
 class SparseBackend:
     """A backend for ``torch.compile``; made by :func:`sparse_backend`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
@@ -47,9 +47,8 @@ def with_inductor(
 ) -> Compiled:
     """Compile by Inductor, with ``torch.compile``'s own ``mode`` and ``options``."""
     patches = {**torch._inductor.list_mode_options(mode), **options} if mode else dict(options)
-    return compile_fx(
-        gm, inputs, config_patches={**patches, "joint_custom_pre_pass": JointPass(rewrite, key)}
-    )
+    patches["joint_custom_pre_pass"] = JointPass(rewrite, key)
+    return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
 
 
 def with_aot_eager(gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite) -> Compiled:

@@ -32,11 +32,23 @@ class GraphDump:
             if isinstance(folder, str | os.PathLike):
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 (Path(folder) / f"{name}.py").write_text(code)
-            artifact = {"name": f"sparse_compile_{name}", "encoding": "string"}
-            trace_structured("artifact", metadata_fn=lambda a=artifact: a, payload_fn=lambda c=code: c)
+            emit(f"sparse_compile_{name}", code)
+
+
+def emit(name: str, text: str) -> None:
+    """One artifact of the structured trace."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+        expect_trace_id=False,
+    )
 
 
 def dump(graph: Graph) -> str:
     """A graph as code, with the shape and the origin of every value."""
-    graph.owning_module.recompile()
-    return graph.owning_module.print_readable(print_output=False)
+    module = graph.owning_module
+    if module is None:
+        return str(graph)
+    module.recompile()
+    return module.print_readable(print_output=False)
