@@ -10,14 +10,14 @@ the first forward and backward. The model and the batch are there already, and n
 **Peak memory**: the largest resident set over some steps, less what was resident once the model and the
 batches were built. The graphs come from a cache that an earlier process filled, so that little of the
 compiler's own memory is in it, and the high-water mark is reset after the warm-up. So what counts is
-gradients, optimizer state, activations, what a method remembers, and the compiler's modules. Linux only
-(/proc/self).
+gradients, optimizer state, activations and what a method remembers. Linux with glibc only (/proc/self).
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -35,6 +35,9 @@ from tqdm import tqdm
 from variants import DENSE, OptimizerName, Variant, make_trainee, parse_methods
 
 WARMUP = 3
+
+# Else glibc raises this threshold as it goes, and keeps freed tensors in the resident set.
+PROMPT_FREE = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @dataclass(kw_only=True)
@@ -80,10 +83,15 @@ def measure_all(jobs: dict[str, Job], *, repeats: int, settings: str) -> dict[st
 
 
 def summarise(results: dict[str, dict[str, list[float]]], key: str, dense: str = "dense") -> dict[str, Any]:
-    """Per variant: the spread of every key, and `ratio`, the median of `key` over dense's."""
-    base = spread(results[dense][key])["median"]
+    """Per variant: the least and the spread of every key, and `ratio`, the least `key` over dense's.
+
+    The least, because whatever disturbs these measurements only adds to them.
+    """
     return {
-        name: {"ratio": spread(values[key])["median"] / base, **{k: spread(v) for k, v in values.items()}}
+        name: {
+            "ratio": min(values[key]) / min(results[dense][key]),
+            **{k: {"least": min(v), **spread(v)} for k, v in values.items()},
+        }
         for name, values in results.items()
     }
 
@@ -91,7 +99,9 @@ def summarise(results: dict[str, dict[str, list[float]]], key: str, dense: str =
 def _run(job: Job, cache: Path) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(job))],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        env=os.environ
+        | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        | (PROMPT_FREE if job.what == "memory" else {}),
         capture_output=True,
         text=True,
     )
@@ -128,6 +138,7 @@ def _peak_memory(job: Job, preset: Preset) -> dict[str, float]:
     model = preset.model()
     trainee = make_trainee(job.variant(), model, optimizer=job.optimizer, lr=job.lr)
     del model  # the trainee has its own copy
+    importlib.import_module("torch._inductor.compile_fx")  # the compiler's own modules do not count
     _reset_peak()
     built = _status_bytes("VmRSS")
     for turn in range(WARMUP):

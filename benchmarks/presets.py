@@ -309,6 +309,7 @@ PRESETS: dict[str, Preset] = {
             intermediate=3072,
             vocab=0,
             classes=1000,
+            fixed=("tokens",),
         ),
     )
 }

@@ -65,6 +65,24 @@ def linear_shapes(sites: Sequence[Site]) -> set[Shape]:
     return {tuple(site["shape"]) for site in sites if site["kind"] == "linear" and site["shape"]}  # type: ignore[misc]
 
 
+def last_step(before: Sequence[Site], now: Sequence[Site], steps: int) -> list[Site]:
+    """What the last of `steps` steps did, from the reports before and after it.
+
+    A report's FLOPs are averages over all steps so far, the dense first step of a reuse included.
+    """
+    earlier = {site["name"]: site for site in before}
+    return [
+        {
+            **site,
+            **{
+                key: steps * site[key] - (steps - 1) * earlier[site["name"]][key]
+                for key in ("flops_forward", "flops_dense", "flops")
+            },
+        }
+        for site in now
+    ]
+
+
 def backward_flops(site: Site) -> tuple[float, float]:
     """Backward FLOPs of a site: dense, and executed. The forward is dense in both."""
     return site["flops_dense"] - site["flops_forward"], site["flops"] - site["flops_forward"]
@@ -79,7 +97,7 @@ def ideal_saving(sites: Sequence[Site], seconds: Mapping[Shape, float]) -> float
     total = 0.0
     for site in sites:
         dense, executed = backward_flops(site)
-        if site["kind"] != "linear" or executed == dense:
+        if site["kind"] != "linear" or not site["rewritten"]:
             continue
         n, i, o = site["shape"]
         total += seconds[n, i, o] * (dense - executed) / (4 * n * i * o)
@@ -142,19 +160,18 @@ class Measurements:
         reports = self.sites[name]
         if not reports[0]:
             return {"merit": None}
-        pairs = [backward_flops(site) for site in reports[-1] if site["flops_dense"] is not None]
+        pairs = [backward_flops(site) for sites in reports for site in sites]
         merit: dict[str, Any] = {
             "sites": len(reports[-1]),
             "rewritten": sum(bool(site["rewritten"]) for site in reports[-1]),
-            "backward_flops_dense": sum(pair[0] for pair in pairs),
-            "backward_flops_executed": sum(pair[1] for pair in pairs),
+            "backward_flops_dense": sum(pair[0] for pair in pairs) / len(reports),
+            "backward_flops_executed": sum(pair[1] for pair in pairs) / len(reports),
         }
         base = self.seconds[dense]["step"]
         saved = [a - b for a, b in zip(base, self.seconds[name]["step"], strict=True)]
         ideal = [ideal_saving(sites, times) for sites, times in zip(reports, self.matmuls, strict=True)]
         merit |= {"saved_seconds": spread(saved), "ideal_seconds": spread(ideal)}
-        others = [s for s in reports[-1] if s["kind"] != "linear" and s["flops"] != s["flops_dense"]]
-        if others:
+        if any(site["rewritten"] and site["kind"] != "linear" for site in reports[-1]):
             merit |= {"realised": None, "why_not": "other sites than linear ones skip work too"}
         elif statistics.median(ideal) < SMALLEST_IDEAL * statistics.median(base):
             merit |= {"realised": None, "why_not": "there was next to nothing to skip"}
@@ -177,8 +194,10 @@ def interleave(
             _timed_step(trainee, batches[turn % len(batches)], turn)
             tick(f"{trainee.variant.name}: warming up")
     matmuls = MatmulTimer()
+    reports: dict[str, list[Site]] = {}
     for trainee in trainees:
-        matmuls.add(linear_shapes(trainee.sites()))
+        reports[trainee.variant.name] = [*trainee.sites()]
+        matmuls.add(linear_shapes(reports[trainee.variant.name]))
     result = Measurements(
         seconds={t.variant.name: {phase: [] for phase in PHASES} for t in trainees},
         sites={t.variant.name: [] for t in trainees},
@@ -194,7 +213,8 @@ def interleave(
                 name = trainee.variant.name
                 for phase, seconds in _timed_step(trainee, batch, warmup + turn).items():
                     result.seconds[name][phase].append(seconds)
-                result.sites[name].append(trainee.sites())
+                before, reports[name] = reports[name], [*trainee.sites()]
+                result.sites[name].append(last_step(before, reports[name], warmup + turn + 1))
                 tick(name)
             result.matmuls.append(matmuls.round())
             gc.collect()

@@ -2,8 +2,8 @@
 
 dense                 plain torch.compile: what every other variant is divided by
 exact                 sparse_compile, Schedule.exact(): only rows that are exactly zero are skipped
-reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance reuse:0.9/element/sample;
-                      WORD is a granularity (row, element, n:m), a source (mean, sample) or refresh=K
+reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance reuse:0.9/element/sample or
+                      reuse:2:4; WORD is row or element, mean or sample, or refresh=K
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
 """
@@ -11,6 +11,7 @@ eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_re
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Variant:
 
     name: str
     kind: Kind
-    ratio: float = 0.0
+    ratio: float | str = 0.0
     options: tuple[tuple[str, str | int], ...] = ()
 
     @property
@@ -65,22 +66,29 @@ def _parse_method(name: str) -> Variant:
     if kind not in ("reuse", "eager-resprop") or not rest:
         raise ValueError(f"methods: {name!r} is not known; allowed are {ALLOWED}")
     number, *words = rest.split("/")
-    try:
-        ratio = float(number)
-    except ValueError:
-        raise ValueError(f"methods: {name!r} needs a number as its ratio, not {number!r}") from None
-    if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"methods: {name!r} has ratio {ratio}; allowed is 0 <= ratio < 1")
+    ratio = _parse_ratio(name, number, n_of_m=kind == "reuse")
     if kind == "eager-resprop" and words:
         raise ValueError(f"methods: {name!r} takes a ratio and nothing else")
     options = tuple(_parse_option(name, word) for word in words)
     return Variant(name=name, kind=kind, ratio=ratio, options=options)  # type: ignore[arg-type]
 
 
+def _parse_ratio(name: str, text: str, *, n_of_m: bool) -> float | str:
+    if n_of_m and re.fullmatch(r"\d+:\d+", text):
+        return text
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise ValueError(f"methods: {name!r} needs a number as its ratio, not {text!r}") from None
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"methods: {name!r} has ratio {ratio}; allowed is 0 <= ratio < 1")
+    return ratio
+
+
 def _parse_option(name: str, word: str) -> tuple[str, str | int]:
     if word in ("mean", "sample"):
         return "source", word
-    if word in ("row", "element") or ":" in word:
+    if word in ("row", "element"):
         return "granularity", word
     key, _, count = word.partition("=")
     if key == "refresh" and count.isdigit() and int(count) > 0:
@@ -122,7 +130,7 @@ class Trainee:
         }
 
     def sites(self) -> list[dict[str, Any]]:
-        """The sites of the backend's report, or none where the backend is not ours."""
+        """The sites of the backend's report so far, or none where the backend is not ours."""
         return [] if self.backend is None else self.backend.report().to_dict()["sites"]
 
 
@@ -130,7 +138,7 @@ def make_trainee(variant: Variant, model: nn.Module, *, optimizer: OptimizerName
     """A deep copy of `model`, compiled (not yet run) as the variant says, with its own optimizer."""
     model = copy.deepcopy(model)
     parameters = list(model.parameters())
-    if variant.kind == "eager-resprop" and swap_linears(model, variant.ratio) == 0:
+    if variant.kind == "eager-resprop" and swap_linears(model, float(variant.ratio)) == 0:
         raise ValueError(f"{variant.name}: the model has no nn.Linear to swap")
     backend = _sparse_backend(variant) if variant.sparse else None
     run: Callable[..., Any] = model

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from _runs import Run
+from rich import box
 from rich.table import Table
 
 BASELINE = "dense"
@@ -73,36 +74,46 @@ class Results:
 
 def table(results: Results) -> Table:
     """The comparison, one row per variant; more than one seed gives mean ± standard deviation."""
-    shown = Table(title="Fine-tuning, held-out results", caption=_caption(results), caption_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, title="Fine-tuning, held-out results", pad_edge=False)
     shown.add_column("run", no_wrap=True)
-    for heading in ("accuracy", "loss", "step", "speed-up", "compile", "to dense's accuracy"):
-        shown.add_column(heading, justify="right")
+    for heading in (
+        "accuracy\n%",
+        "loss\n",
+        "step\nms",
+        "speed-up\n",
+        "compile\ns",
+        "to dense's\naccuracy, s",
+    ):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for name in results.names:
         runs = results.of(name)
         speedup = results.speedup(name)
         shown.add_row(
             name,
-            _spread_text([100 * run.accuracy for run in runs], "{:.1f}") + " %",
+            _spread_text([100 * run.accuracy for run in runs], "{:.1f}"),
             _spread_text([run.loss for run in runs], "{:.3f}"),
-            _spread_text([1000 * run.median_step for run in runs], "{:.0f}") + " ms",
+            _spread_text([1000 * run.median_step for run in runs], "{:.0f}"),
             "–" if speedup is None else f"{speedup:.2f}×",
-            f"{runs[0].compile_seconds:.0f} s",
+            f"{runs[0].compile_seconds:.0f}",
             _reached(results.seconds_to_dense(name)),
         )
     return shown
 
 
-def _caption(results: Results) -> str:
+def footnotes(results: Results) -> list[str]:
+    """What each column of the table means, in a sentence."""
     settings = results.settings
     rounds = len(results.rounds.get(BASELINE, ()))
-    return (
-        f"accuracy, loss: {settings['held_out']} held-out texts after {settings['steps']} steps.  "
-        f"step: median; neither compile nor evaluation is in it.  "
-        + (f"speed-up: median of {rounds} rounds of alternating steps.  " if rounds else "")
-        + "compile: what the first step took on top (first seed; little if cached from an earlier call).  "
+    return [
+        f"accuracy, loss: on {settings['held_out']} held-out texts, after {settings['steps']} steps.",
+        "step: median of one run after the other; compile and evaluation are not in it.",
+        f"speed-up: dense step / step, median of {rounds} rounds of alternating steps."
+        if rounds
+        else "speed-up: not measured, for lack of interleaved rounds.",
+        "compile: what the first step took on top, first seed; less if caches are warm.",
         f"to dense's accuracy: training time until the curve ({settings['curve_samples']} held-out texts) "
-        "reaches the dense run's last value."
-    )
+        "reaches dense's last value.",
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -145,4 +156,4 @@ def _reached(seconds: list[float | None]) -> str:
     if not reached:
         return "not reached"
     share = "" if len(reached) == len(seconds) else f" ({len(reached)} of {len(seconds)})"
-    return f"{statistics.fmean(reached):.0f} s{share}"
+    return f"{statistics.fmean(reached):.0f}{share}"

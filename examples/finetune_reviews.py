@@ -15,7 +15,7 @@ import _plots
 import torch
 import transformers
 import typer
-from _results import BASELINE, Results, table
+from _results import BASELINE, Results, footnotes, table
 from _runs import CompiledTrainer, Recipe, Tokens, Variant, bundled_model, interleave, tokenize, train
 from reviews import DataError, Split, load_hub, load_reviews
 from rich.console import Console
@@ -189,6 +189,8 @@ def present(results: Results, out: Path, json_out: Path) -> None:
         return
     console.print()
     console.print(table(results))
+    for line in footnotes(results):
+        console.print(line, style="dim", highlight=False)
     _plots.draw(results, out)
     results.write_json(json_out)
     console.print(f"Curves in {out}, all numbers in {json_out}.", highlight=False)

@@ -14,7 +14,7 @@ import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.attention import record_attentions
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
-from sparse_compile.passes.linear import rewrite_linears
+from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from torch.fx import Graph
 
 from sparse_compile.sites import SiteRecord, to_manifest
@@ -42,12 +42,15 @@ def rewrite(graph: Graph, parameters: dict[int, str], linears: Sequence[str] = (
     below = g.parameters_below(graph, names)
     token = g.insert_begin(graph, inputs)
 
-    rewrite_linears(graph, token=token, below=below, records=records)
+    ops = rewrite_linears(graph, token=token, below=below, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     record_attentions(graph, records)
     # Last: it lists what none of the others recognised.
     record_leftovers(graph, below=below, called=linears, records=records)
 
+    # When the records are complete: an op's site number is its record's position in the manifest.
+    for op, record in ops.items():
+        op.update_arg(op.args.index(NO_SITE), records.index(record))
     token.update_arg(1, to_manifest(records))
     graph.lint()
     return records

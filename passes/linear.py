@@ -34,6 +34,7 @@ aten = torch.ops.aten
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
+NO_SITE = -1  # until the graph's manifest is complete
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -64,15 +65,19 @@ class NoMatch(Exception):
 
 def rewrite_linears(
     graph: Graph, *, token: Node, below: dict[Node, frozenset[str]], records: list[SiteRecord]
-) -> None:
+) -> dict[Node, SiteRecord]:
     """Rewrite every linear of a joint graph and append a record of each product to ``records``.
 
     Args:
         graph: the joint graph, changed in place.
         token: its ``begin`` node, which tells our ops at run time whose step they are part of.
         below: :func:`passes.graph.parameters_below`.
-        records: the graph's manifest; an op's site number is its record's position there.
+        records: the graph's manifest, so far.
+
+    Returns:
+        The ops that were inserted, and the record of each. Their site numbers are not set yet.
     """
+    ops: dict[Node, SiteRecord] = {}
     backward: dict[int, list[Node]] = {}
     for product in g.products(graph, backward=True):
         backward.setdefault(product.meta.get("seq_nr", -1), []).append(product)
@@ -87,7 +92,8 @@ def rewrite_linears(
             continue
         call = calls[name] = calls.get(name, -1) + 1
         records.append(_record(forward, candidates, below, name, rewritten=True, call=call))
-        rewrite_linear(graph, match, token=token, site=len(records) - 1)
+        ops[rewrite_linear(graph, match, token=token)] = records[-1]
+    return ops
 
 
 def match_linear(forward: Node, candidates: list[Node], below: dict[Node, frozenset[str]]) -> LinearMatch:
@@ -174,8 +180,8 @@ def _record(
     )
 
 
-def rewrite_linear(graph: Graph, match: LinearMatch, *, token: Node, site: int) -> None:
-    """Replace the backward products of ``match`` by one ``linear_backward`` op."""
+def rewrite_linear(graph: Graph, match: LinearMatch, *, token: Node) -> Node:
+    """Replace the backward products of ``match`` by one ``linear_backward`` op, and return it."""
     permute = aten.permute.default
     with graph.inserting_before(match.first):
         dy = match.dy
@@ -189,11 +195,12 @@ def rewrite_linear(graph: Graph, match: LinearMatch, *, token: Node, site: int) 
         gradients = g.call(
             graph,
             torch.ops.sparse_compile.linear_backward.default,
-            *(token, dy, x, weight, site, _tokens(graph, match), match.dw_transposed),
+            *(token, dy, x, weight, NO_SITE, _tokens(graph, match), match.dw_transposed),
             like=match.first,
         )
     _replace(graph, match.dx, gradients, 0, transposed=match.dx_transposed)
     _replace(graph, match.dw, gradients, 1, transposed=False)
+    return gradients
 
 
 def _replace(graph: Graph, product: Node | None, gradients: Node, which: int, *, transposed: bool) -> None:

@@ -45,8 +45,8 @@ def input_gradient_of_rows(compact: Tensor, w: Tensor, rows: Rows, n: int) -> Te
     if rows.base is None or rows.dropped is None:
         slot = torch.full((n,), zero_slot, device=compact.device)
     else:
-        token = torch.arange(k, zero_slot, device=compact.device).repeat(n // rows.base.shape[0])
-        slot = torch.where(rows.dropped, token, zero_slot)
+        of_token = torch.arange(k, zero_slot, device=compact.device)
+        slot = torch.where(rows.dropped.view(-1, len(of_token)), of_token, zero_slot).view(-1)
     slot[rows.kept] = torch.arange(k, device=compact.device)
     return products.index_select(0, slot)
 
@@ -57,8 +57,21 @@ def weight_gradient_of_rows(compact: Tensor, x: Tensor, rows: Rows, *, transpose
     k = rows.kept.numel()
     torch.index_select(x, 0, rows.kept, out=inputs[:k])
     if rows.base is not None and rows.dropped is not None:
-        tokens = rows.base.shape[0]
-        # Σ over the samples b of dropped[b, t] · X[b, t], as T products [1, B] · [B, I].
-        mask = rows.dropped.view(-1, tokens).t().unsqueeze(1).to(x.dtype)
-        torch.bmm(mask, x.view(-1, tokens, x.shape[1]).transpose(0, 1), out=inputs[k:].unsqueeze(1))
+        _sum_dropped(x.view(-1, *rows.base.shape[:1], x.shape[1]), rows, out=inputs[k:], kept=inputs[:k])
     return weight_gradient(compact, inputs, transposed=transposed)
+
+
+def _sum_dropped(x: Tensor, rows: Rows, *, out: Tensor, kept: Tensor) -> None:
+    """out_t = Σ over the samples b of dropped[b, t] · x[b, t], with x [B, T, I] and out [T, I].
+
+    Where every row is either kept or dropped this is the sum of all rows less the kept ones: 0.5 ms for
+    16 × 128 rows of 3072 where the masked sum takes 2.8 (one core).
+    """
+    samples, tokens, _ = x.shape
+    assert rows.dropped is not None
+    if rows.kept.numel() + int(rows.dropped.sum()) == samples * tokens:
+        torch.sum(x, 0, out=out)
+        out.index_add_(0, rows.kept % tokens, kept, alpha=-1)
+    else:
+        mask = rows.dropped.view(samples, tokens).t().unsqueeze(1).to(x.dtype)
+        out.copy_(torch.bmm(mask, x.transpose(0, 1)).squeeze(1))
