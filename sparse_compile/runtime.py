@@ -76,7 +76,8 @@ class Runtime:
         self._graphs: list[RunningGraph] = []
         self._graph_ids: dict[tuple[str, int, str], int] = {}
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._roots: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._copy_numbers = itertools.count()
         self._pending: dict[str, Any] = {}
         _runtimes[self.id] = self
 
@@ -123,7 +124,18 @@ class Runtime:
     def _copy(self, owner: Owner) -> int:
         """0 for the first model that this backend ran, 1 for its second (a deep copy, say), …"""
         root = owner.root() if owner.root is not None else None
-        return 0 if root is None else self._roots.setdefault(root, len(self._roots))
+        if root is None:
+            return 0
+        if root not in self._copies:
+            copy = self._copies[root] = next(self._copy_numbers)
+            weakref.finalize(root, self._forget, copy).atexit = False
+        return self._copies[root]
+
+    def _forget(self, copy: int) -> None:
+        """Free what was remembered for a model that is gone; its numbers stay in the report."""
+        for name, site in self.sites.items():
+            if name.partition("@")[2] == (str(copy) if copy else ""):
+                site.forget()
 
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None

@@ -91,8 +91,10 @@ class Site:
         if self.left_alone or self.held_back:
             method = None
         if method is None or method.keep == 1.0:
+            self.method = "dense" if self.left_alone else "exact"
             estimate = self._skip_zero_rows(dy, live)
         else:
+            self.method = method.method
             estimate = self._reuse(dy, tokens, live, method, use)
         self._count(estimate, live, products=(x is not None) + (w is not None))
         if isinstance(estimate, Rows):
@@ -114,7 +116,6 @@ class Site:
         return 1.0 if method is None or self.left_alone or self.held_back else round(method.keep, 6)
 
     def _skip_zero_rows(self, dy: Tensor, live: Tensor | None) -> Estimate:
-        self.method = "dense" if self.left_alone else "exact"
         n, outputs, inputs = self.shape
         if live is None or not exact.skip_pays(n - int(live.sum()), n, inputs, outputs):
             return dy, dy
@@ -122,7 +123,6 @@ class Site:
 
     def _reuse(self, dy: Tensor, tokens: int, live: Tensor | None, method: Reuse, use: Use) -> Estimate:
         """Estimate dY by reuse, and remember it as the schedule says."""
-        self.method = "reuse"
         base = self._bases.get(use)
         if base is not None and (base.value.shape[0] != tokens or len(dy) % tokens):
             base = None  # sequences of another length: there is nothing to compare with
@@ -159,6 +159,10 @@ class Site:
         self.counters.flops_forward += 2 * n * outputs * inputs
         self.counters.flops_backward_dense += 2 * n * outputs * inputs * products
         self.counters.flops_backward += 2 * computed * outputs * inputs * products
+
+    def forget(self) -> None:
+        """Free the remembered gradients; the next backward is exact."""
+        self._bases.clear()
 
     def state_dict(self) -> dict[str, Any]:
         bases = {f"{call}/{lane}": (base.value, base.age) for (call, lane), base in self._bases.items()}
