@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
@@ -64,4 +65,7 @@ def with_aot_eager(gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite) -> 
     def as_is(graph: GraphModule, _: Sequence[Any]) -> Compiled:
         return make_boxed_func(graph.forward)
 
-    return aot_module_simplified(gm, inputs, fw_compiler=as_is, bw_compiler=as_is, partition_fn=partition)
+    backend = aot_autograd(
+        fw_compiler=as_is, bw_compiler=as_is, partition_fn=partition, keep_inference_input_mutations=True
+    )
+    return backend(gm, inputs)
