@@ -31,7 +31,7 @@ def draw(results: Results, path: Path) -> None:
             _line(axes[row][1], results.of(name), lambda p: p.seconds, value, colours[name], label)
     axes[0][0].set_ylabel("held-out loss")
     axes[1][0].set_ylabel("held-out accuracy")
-    axes[1][0].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes[1][0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes[1][0].set_xlabel("epochs")
     axes[1][1].set_xlabel("wall-clock, seconds of training steps")
     for ax in axes.flat:

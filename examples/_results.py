@@ -74,7 +74,7 @@ class Results:
 
 def table(results: Results) -> Table:
     """The comparison, one row per variant; more than one seed gives mean ± standard deviation."""
-    shown = Table(box=box.SIMPLE_HEAD, title="Fine-tuning, held-out results", pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, title="Fine-tuning", pad_edge=False, collapse_padding=True)
     shown.add_column("run", no_wrap=True)
     for heading in (
         "accuracy\n%",
@@ -147,7 +147,7 @@ def _mean_and_spread(values: list[float]) -> dict[str, float]:
 def _spread_text(values: list[float], number: str) -> str:
     both = _mean_and_spread(values)
     text = number.format(both["mean"])
-    return text if len(values) == 1 else f"{text} ± {number.format(both['std'])}"
+    return text if len(values) == 1 else f"{text}±{number.format(both['std'])}"
 
 
 def _reached(seconds: list[float | None]) -> str:

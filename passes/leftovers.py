@@ -9,6 +9,7 @@ Nothing may be left out silently. Two ways in which a linear is not seen by ``pa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -33,8 +34,9 @@ def record_leftovers(
     for node in graph.nodes:
         if node.op == "call_function" and not g.is_backward(node) and _multiplies(node):
             weight = next((source for source in node.all_input_nodes if source in below), None)
-            if weight is not None and any(source not in below for source in node.all_input_nodes):
-                records.append(_other_op(node, weight, below))
+            x = next((source for source in node.all_input_nodes if _is_activation(source, below)), None)
+            if weight is not None and x is not None:
+                records.append(_other_op(node, x, weight, below))
     known = {record.name for record in records}
     for name in dict.fromkeys(called):
         if name not in known:
@@ -57,26 +59,46 @@ def linears_called(gm: GraphModule, parameters: dict[int, str]) -> Iterator[str]
     Args:
         parameters: position among the graph's inputs -> name of the parameter there.
     """
-    names = {node: parameters.get(i) for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    for node in gm.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-        name = names.get(weight)
-        yield g.site_name(node, frozenset([name] if name else []))
+    inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+    yield from _linears_called(gm, {node: parameters[i] for i, node in inputs if i in parameters})
+
+
+def _linears_called(gm: GraphModule, names: dict[Node, str]) -> Iterator[str]:
+    below = g.parameters_below(gm.graph, names)
+    for node in gm.graph.nodes:
+        if node.target is torch._C._nn.linear:
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+            yield g.site_name(node, below.get(weight, frozenset()))
+        elif node.args and isinstance(node.args[0], Node) and node.args[0].op == "get_attr":
+            body = getattr(gm, str(node.args[0].target), None)
+            if isinstance(body, GraphModule):  # a checkpointed region, say: `op(body, *inputs of the body)`
+                inputs = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
+                inside = {inner: names[outer] for inner, outer in inputs if outer in names}
+                yield from _linears_called(body, inside)
+
+
+def _is_activation(node: Node, below: dict[Node, frozenset[str]]) -> bool:
+    return node not in below and g.is_tensor(node) and len(g.shape_of(node)) > 0
 
 
 def _multiplies(node: Node) -> bool:
+    if not g.is_tensor(node):
+        return False
     name = node.target.__name__.partition(".")[0] if hasattr(node.target, "__name__") else str(node.target)
     return name not in _SEEN and _MULTIPLIES.search(name) is not None
 
 
-def _other_op(node: Node, weight: Node, below: dict[Node, frozenset[str]]) -> SiteRecord:
-    value = node.meta.get("val")
+def _other_op(node: Node, x: Node, weight: Node, below: dict[Node, frozenset[str]]) -> SiteRecord:
+    inputs, result = g.sizes(g.shape_of(x))[-1], g.sizes(g.shape_of(node))
+    outputs = result[-1] if len(result) > 1 else 1
+    rows = math.prod(result) // max(outputs, 1)
+    flops = 2 * rows * inputs * outputs
     return SiteRecord(
         name=g.site_name(node, below[weight]),
         kind="linear",
-        shape=g.sizes(value.shape) if isinstance(value, torch.Tensor) else (),
-        flops_forward=0,
-        flops_backward=0,
+        shape=(rows, inputs, outputs),
+        flops_forward=flops,
+        flops_backward=2 * flops,  # dX and dW; whether the graph has both is not looked up
         rewritten=False,
         reason=f"its product is the op {node.target}, which is not rewritten",
     )

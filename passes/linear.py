@@ -83,8 +83,10 @@ def rewrite_linears(
         backward.setdefault(product.meta.get("seq_nr", -1), []).append(product)
     calls: dict[str, int] = {}
     for forward in list(g.products(graph, backward=False)):
-        candidates = backward.get(forward.meta.get("seq_nr", -2), [])
-        name = g.site_name(forward, below.get(g.operands(forward)[1], frozenset()))
+        seq_nr = forward.meta.get("seq_nr", -2)
+        candidates = backward.get(seq_nr, [])
+        x, weight = g.operands(forward)
+        name = g.site_name(forward, below.get(weight) or below.get(x, frozenset()))
         try:
             match = match_linear(forward, candidates, below)
         except NoMatch as why:
@@ -93,6 +95,8 @@ def rewrite_linears(
         call = calls[name] = calls.get(name, -1) + 1
         records.append(_record(forward, candidates, below, name, rewritten=True, call=call))
         ops[rewrite_linear(graph, match, token=token)] = records[-1]
+        # A product without a gradient carries the number of whatever ran before it with one.
+        backward[seq_nr] = [product for product in candidates if product not in (match.dx, match.dw)]
     return ops
 
 
@@ -231,5 +235,8 @@ def _tokens(graph: Graph, match: LinearMatch) -> int | Node:
         factor = (
             size if isinstance(size, int) else g.call(graph, aten.sym_size.int, source, dim, like=match.first)
         )
-        tokens = factor if tokens == 1 else g.call(graph, operator.mul, tokens, factor, like=match.first)
+        if isinstance(tokens, int) and (tokens == 1 or isinstance(factor, int)):
+            tokens = factor if tokens == 1 else tokens * factor
+        else:
+            tokens = g.call(graph, operator.mul, tokens, factor, like=match.first)
     return tokens

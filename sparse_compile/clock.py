@@ -30,12 +30,14 @@ class Clock:
     Attributes:
         step: optimizer steps taken.
         phase: what the schedule says holds now.
+        has_optimizer: whether an optimizer that holds a watched parameter has stepped.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._backwards = 0  # since the last step
+        self.has_optimizer = False
         self.step = 0
         _clocks.add(self)
 
@@ -46,7 +48,7 @@ class Clock:
     @step.setter
     def step(self, step: int) -> None:
         self.phase = self._schedule.at(step)
-        self._step = step
+        self._step = self.phase.step
 
     def watch(self, parameters: Iterable[object]) -> None:
         """Add the parameters whose optimizer's steps count."""
@@ -74,9 +76,17 @@ class Clock:
 
 @torch.compiler.disable
 def _optimizer_stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    # A fused optimizer is called by a GradScaler in spite of an overflow, and skips the update by itself.
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return
     clocks = list(_clocks)
-    # FSDP's optimizer holds shards that no graph sees: a stranger's step counts for everyone.
-    for clock in [clock for clock in clocks if clock.owns(optimizer)] or clocks:
+    owners = [clock for clock in clocks if clock.owns(optimizer)]
+    for clock in owners:
+        clock.has_optimizer = True
+    # FSDP's optimizer holds shards that no graph sees: a stranger's step counts for every clock that never
+    # met an optimizer of its own.
+    for clock in owners or [clock for clock in clocks if not clock.has_optimizer]:
         clock.tick()
 
 

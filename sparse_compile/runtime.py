@@ -177,8 +177,7 @@ class Runtime:
         self._pending = dict(state["sites"])
         for name, site in self.sites.items():
             site.seed = self.seed
-            if name in self._pending:
-                site.load_state_dict(self._pending.pop(name))
+            site.load_state_dict(self._pending.pop(name, {"bases": {}, "refreshes": 0}))
 
 
 def begin(manifest: str) -> Token:

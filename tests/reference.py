@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, memory, recipe):
         ctx.save_for_backward(x, w)
-        ctx.memory, ctx.recipe = memory, recipe
+        ctx.memory, ctx.recipe, ctx.has_bias = memory, recipe, b is not None
         return F.linear(x, w, b)
 
     @staticmethod
@@ -113,7 +113,7 @@ class _Linear(torch.autograd.Function):
                 per_sample = flat_dy.reshape(-1, tokens, flat_dy.shape[1])
                 memory.base = per_sample.mean(0) if recipe.sample is None else per_sample[recipe.sample]
                 memory.age = 0
-        return dx.reshape(x.shape), dw, flat_dy.sum(0), None, None
+        return dx.reshape(x.shape), dw, flat_dy.sum(0) if ctx.has_bias else None, None, None
 
 
 class ReferenceLinear(nn.Module):
@@ -126,8 +126,7 @@ class ReferenceLinear(nn.Module):
         self.memories: defaultdict[int, Memory] = defaultdict(Memory)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Linear.apply(x, self.weight, self.bias, self.memories[self.lane], self.recipe)
-        return out
+        return _Linear.apply(x, self.weight, self.bias, self.memories[self.lane], self.recipe)
 
     def forget(self) -> None:
         self.memories.clear()
@@ -166,7 +165,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(8)
-        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.query, self.value, self.out = (nn.Linear(8, 8) for _ in range(3))
+        self.key = nn.Linear(8, 8, bias=False)  # softmax ignores it: its gradient would be pure rounding
         self.up, self.down = nn.Linear(8, 14), nn.Linear(14, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,19 +177,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two blocks between two linears; [B, T, 6] to [B, T, 5]."""
+    """A block between two linears; [B, T, 6] to [B, T, 5].
+
+    The norm before the head matters here: rows that reuse drops all get the same dX, and without it the
+    layer below would have to choose among rows of equal norm, which it may do as it likes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(6, 8)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(8, 5)
+        self.blocks = nn.ModuleList([Block()])
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)
         for block in self.blocks:
             h = block(h)
-        return self.head(h)
+        return self.head(self.norm(h))
 
 
 def square_loss(out: Tensor) -> Tensor:

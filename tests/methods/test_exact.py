@@ -1,0 +1,132 @@
+"""Which rows count as zero, and when skipping them pays."""
+
+import pytest
+import torch
+
+from sparse_compile.methods import exact
+
+# The smallest number above zero that each type holds; its square is zero in every one of them.
+SMALLEST = {
+    torch.float16: 6e-8,
+    torch.bfloat16: 9.2e-41,
+    torch.float32: 1e-45,
+    torch.float64: 5e-324,
+}
+DTYPES = list(SMALLEST)
+
+
+def gradient(rows=12, outputs=20, dtype=torch.float32):
+    return torch.randn(rows, outputs, generator=torch.Generator().manual_seed(0)).abs().add(0.1).to(dtype)
+
+
+def live_by_definition(dy):
+    return torch.tensor([any(bool(value != 0) for value in row) for row in dy])
+
+
+def check(dy):
+    """`live_rows` says what the definition says, and leaves its argument alone."""
+    before = dy.clone()
+    live = exact.live_rows(dy)
+    assert torch.equal(torch.nan_to_num(dy), torch.nan_to_num(before))
+    expected = live_by_definition(dy)
+    assert (live is None) if bool(expected.all()) else torch.equal(live, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [1, 3, 7, 8, 9, 20])
+def test_rows_that_are_all_zero_are_found(dtype, outputs):
+    dy = gradient(outputs=outputs, dtype=dtype)
+    check(dy)  # all live
+    dy[[0, 4, 5, 11]] = 0
+    check(dy)
+    check(torch.zeros_like(dy))  # none live
+
+
+def test_all_live_is_none():
+    assert exact.live_rows(gradient()) is None
+
+
+def test_none_live():
+    assert exact.live_rows(torch.zeros(5, 9)).tolist() == [False] * 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("column", [8, 13, 19])
+def test_rows_that_are_zero_only_in_the_first_columns_are_live(dtype, column):
+    dy = gradient(dtype=dtype)
+    dy[3] = 0
+    dy[7] = 0
+    dy[7, column] = 1
+    check(dy)
+    dy[3, column] = 1
+    assert exact.live_rows(dy) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("column", [0, 19])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_live(dtype, column, value):
+    dy = torch.zeros(4, 20, dtype=dtype)
+    dy[2, column] = value
+    assert exact.live_rows(dy).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [*SMALLEST.items(), *((dtype, -1e-30) for dtype in DTYPES[1:]), (torch.float64, 1e-200)],
+)
+@pytest.mark.parametrize("column", [0, 19])
+def test_values_whose_square_is_zero_are_live(dtype, value, column):
+    dy = torch.zeros(4, 20, dtype=dtype)
+    dy[1, column] = value
+    assert dy[1, column] != 0
+    assert exact.live_rows(dy).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_values_whose_square_overflows_are_live(dtype):
+    dy = torch.zeros(4, 20, dtype=dtype)
+    dy[1, 12] = torch.finfo(dtype).max
+    assert exact.live_rows(dy).tolist() == [False, True, False, False]
+
+
+def test_minus_zero_is_zero():
+    assert exact.live_rows(torch.full((2, 9), -0.0)).tolist() == [False, False]
+
+
+def test_transposed_gradient():
+    dy = gradient(20, 12)
+    dy[:, [2, 3]] = 0
+    check(dy.t())
+
+
+def test_no_rows():
+    assert exact.live_rows(torch.zeros(0, 9)) is None
+
+
+def test_rows_lists_the_live_ones():
+    dy = gradient()
+    dy[[0, 4]] = 0
+    estimate = exact.rows(exact.live_rows(dy))
+    assert estimate.kept.tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert torch.equal(estimate.dense(dy), dy)
+    assert estimate.computed == 10
+
+
+def test_rows_of_a_zero_gradient_are_none():
+    dy = torch.zeros(6, 9)
+    estimate = exact.rows(exact.live_rows(dy))
+    assert estimate.computed == 0
+    assert torch.equal(estimate.dense(dy), dy)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (8, 8), (64, 64), (384, 1536), (3072, 768)])
+def test_skipping_pays_more_the_more_is_skipped(inputs, outputs):
+    pays = [exact.skip_pays(skipped, 256, inputs, outputs) for skipped in range(257)]
+    assert pays == sorted(pays)
+    assert not pays[0]
+
+
+def test_skipping_pays_for_wide_layers_and_not_for_narrow_ones():
+    assert exact.skip_pays(1024, 2048, 768, 768)
+    assert not exact.skip_pays(1024, 2048, 4, 4)

@@ -1,0 +1,142 @@
+"""A saved backend continues the run it was taken from, bit for bit."""
+
+import re
+
+import pytest
+import torch
+from reference import MLP, square_loss
+
+from sparse_compile import Reuse, Schedule, sparse_backend
+
+SCHEDULES = {
+    "row": Schedule(linear=Reuse(0.7)),
+    "sampled elements": Schedule.resprop(0.8),
+    "refreshed every 4": Schedule(linear=Reuse(0.7, source="sample", refresh_every=4)),
+    "phases": Schedule(linear=Reuse([(0.5, 0.0), (0.9, 0.5)]), total_steps=6),
+    "exact": Schedule.exact(),
+}
+
+
+def batch(step):
+    return torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(step))
+
+
+class Run:
+    """A model in training; ``seed`` is what the backend's random choices start from."""
+
+    def __init__(self, schedule, seed=0) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.model = MLP()
+        torch.manual_seed(seed)
+        self.backend = sparse_backend(schedule, compiler="aot_eager")
+        self.compiled = torch.compile(self.model, backend=self.backend)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+
+    def train(self, start, stop):
+        for step in range(start, stop):
+            self.optimizer.zero_grad()
+            square_loss(self.compiled(batch(step))).backward()
+            self.optimizer.step()
+        return self
+
+    def save(self, path):
+        parts = self.model, self.backend, self.optimizer
+        torch.save([part.state_dict() for part in parts], path)
+
+    def load(self, path):
+        states = torch.load(path, weights_only=True)
+        for part, state in zip((self.model, self.backend, self.optimizer), states, strict=True):
+            part.load_state_dict(state)
+        return self
+
+    def weights(self):
+        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("used", [False, True], ids=["into a fresh run", "into a run that went elsewhere"])
+def test_resumed_run_equals_the_uninterrupted_one(name, used, tmp_path):
+    whole = Run(SCHEDULES[name]).train(0, 6)
+    Run(SCHEDULES[name]).train(0, 3).save(tmp_path / "state.pt")
+    resumed = Run(SCHEDULES[name], seed=5)
+    if used:
+        resumed.train(20, 22)
+    resumed.load(tmp_path / "state.pt")
+    assert resumed.backend.step == 3
+    resumed.train(3, 6)
+    assert torch.equal(resumed.weights(), whole.weights())
+    assert resumed.backend.step == 6
+
+
+@pytest.mark.parametrize("name", ["row", "sampled elements"])
+def test_without_the_backends_state_the_run_is_another(name, tmp_path):
+    """So the test above sees that it is loaded."""
+    whole = Run(SCHEDULES[name]).train(0, 6)
+    half = Run(SCHEDULES[name]).train(0, 3)
+    half.save(tmp_path / "state.pt")
+    resumed = Run(SCHEDULES[name])
+    fresh = resumed.backend.state_dict()
+    resumed.load(tmp_path / "state.pt")
+    resumed.backend.load_state_dict(fresh)
+    resumed.train(3, 6)
+    assert not torch.equal(resumed.weights(), whole.weights())
+
+
+def test_the_state_of_an_untrained_backend_makes_a_trained_one_forget(tmp_path):
+    run = Run(SCHEDULES["row"])
+    run.save(tmp_path / "state.pt")
+    first = run.train(0, 3).weights()
+    again = run.load(tmp_path / "state.pt").train(0, 3).weights()
+    assert torch.equal(first, again)
+
+
+def test_state_that_was_taken_does_not_move_on():
+    run = Run(SCHEDULES["row"]).train(0, 2)
+    state = run.backend.state_dict()
+    before = {name: value.clone() for name, value in tensors(state).items()}
+    assert len(before) == 3
+    run.train(2, 4)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(state).items())
+
+
+def tensors(value, path=""):
+    """Every tensor inside a state, by where it is."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+    return {name: tensor for key, part in parts for name, tensor in tensors(part, f"{path}/{key}").items()}
+
+
+def test_state_may_be_saved_again_before_the_model_has_run(tmp_path):
+    """A run that is interrupted twice, the second time before its first step."""
+    whole = Run(SCHEDULES["sampled elements"]).train(0, 6)
+    Run(SCHEDULES["sampled elements"]).train(0, 3).save(tmp_path / "first.pt")
+    Run(SCHEDULES["sampled elements"], seed=1).load(tmp_path / "first.pt").save(tmp_path / "second.pt")
+    resumed = Run(SCHEDULES["sampled elements"], seed=2).load(tmp_path / "second.pt").train(3, 6)
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_state_of_another_schedule_is_refused():
+    state = Run(Schedule(linear=Reuse(0.5))).train(0, 2).backend.state_dict()
+    backend = Run(SCHEDULES["row"]).backend
+    with pytest.raises(ValueError, match=r"^state is of another schedule, .*ratio=0\.5.*own, .*ratio=0\.7"):
+        backend.load_state_dict(state)
+    assert backend.step == 0
+
+
+@pytest.mark.parametrize(
+    ("junk", "lacks"),
+    [({}, "schedule, seed, sites, step"), ({"seed": 1, "step": 2, "model": 3}, "schedule, sites")],
+)
+def test_state_of_something_else_is_refused(junk, lacks):
+    message = f"state is no SparseBackend.state_dict(): it lacks {lacks}."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Run(SCHEDULES["row"]).backend.load_state_dict(junk)
+
+
+def test_state_with_an_impossible_step_is_refused():
+    backend = Run(SCHEDULES["row"]).backend
+    with pytest.raises(ValueError, match="is -1; allowed is an int >= 0"):
+        backend.load_state_dict({**backend.state_dict(), "step": -1})
+    assert backend.step == 0
