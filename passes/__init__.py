@@ -17,6 +17,7 @@ from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from torch.fx import Graph
 
+from sparse_compile import sites
 from sparse_compile.sites import SiteRecord, to_manifest
 
 __all__ = ["linears_called", "rewrite", "source_hash"]
@@ -57,7 +58,9 @@ def rewrite(graph: Graph, parameters: dict[int, str], linears: Sequence[str] = (
 
 
 def source_hash() -> str:
-    """A hash of the passes' own source, for the keys of compile caches."""
-    folder = Path(__file__).parent
-    sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    """A hash of what a rewritten graph depends on, for the keys of compile caches: the passes' own source,
+    the ops that they insert and the form of the manifest."""
+    package = Path(sites.__file__).parent
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), package / "ops.py", package / "sites.py"]
+    sources = [path.read_bytes() for path in paths]
     return hashlib.sha256(b"\0".join([torch.__version__.encode(), *sources])).hexdigest()

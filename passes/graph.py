@@ -86,7 +86,7 @@ def module_path(node: Node) -> str:
         return ""
     path = list(stack.values())[-1][0]
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", path))
-    return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod", "module"))
+    return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod"))
 
 
 def site_name(node: Node, weight_names: frozenset[str]) -> str:
@@ -100,7 +100,7 @@ def site_name(node: Node, weight_names: frozenset[str]) -> str:
     if len(weight_names) != 1:
         return path
     owner, _, leaf = next(iter(weight_names)).rpartition(".")
-    if owner != path and not owner.startswith(f"{path}." if path else ""):
+    if path and f".{path}." not in f".{owner}.":
         return path
     name = owner if leaf == "weight" else f"{owner}.{leaf}".lstrip(".")
     return name or path or leaf

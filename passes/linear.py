@@ -151,7 +151,7 @@ def _require_linear(forward: Node, x: Node, weight: Node, below: dict[Node, froz
     if x in below:
         raise NoMatch("both operands are parameters")
     if len(g.shape_of(x)) != 2:
-        raise NoMatch("a batch of products, one weight matrix each")
+        raise NoMatch("a batched product")
     value = forward.meta["val"]
     if value.dtype not in DTYPES:
         raise NoMatch(f"dtype {value.dtype} is not supported")

@@ -68,7 +68,7 @@ class SparseBackend:
         """
         parameters = naming.find_parameters(gm, example_inputs)
         anchor = next(iter(parameters), None)
-        self._check_schedule(None if anchor is None else example_inputs[anchor.position])
+        self._check_schedule(naming.find_root(None if anchor is None else example_inputs[anchor.position]))
         names = {parameter.position: parameter.name for parameter in parameters}
         linears = list(passes.linears_called(gm, names))
 
@@ -88,7 +88,10 @@ class SparseBackend:
             compiled = compilers.with_aot_eager(gm, example_inputs, rewrite)
 
         def run(*inputs: Any) -> Any:
-            with self._runtime.forward_of(anchor, inputs):
+            owner = self._runtime.owner(anchor, inputs)
+            if owner.root is not None:
+                self._check_schedule(owner.root())  # again: only now known if a plain function was compiled
+            with self._runtime.forward_of(owner):
                 outputs = compiled(*inputs)
             if not self._runtime.sites and not self._said_nothing_found:
                 self._look_again_after_backward(outputs)
@@ -139,8 +142,7 @@ class SparseBackend:
             )
         self._runtime.load_state_dict(dict(state))
 
-    def _check_schedule(self, parameter: object) -> None:
-        root = naming.find_root(parameter)
+    def _check_schedule(self, root: nn.Module | None) -> None:
         if root is None or root in self._checked:
             return
         self._checked.add(root)

@@ -9,16 +9,19 @@ running gives the prefix of every name in the graph, for that call.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
+import types
 import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-# What wrappers add to a path: torch.compile, DDP and DataParallel, FSDP, activation checkpointing.
-_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What wrappers add to a path: torch.compile, FSDP, activation checkpointing. DDP's "module" is a name that a
+# model may use too: it counts as a wrapper's only at the top, where it is the only child (`unwrap`).
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,11 +34,17 @@ class NamedInput:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose forward it is: the outermost module (if one was found) and the path from it to the frame's
-    own module, ending in a dot unless empty."""
+    """Whose forward it is: the outermost module, if one was found, and how names in the frame become names
+    in it. ``prefix`` is the path from the outermost module to the frame's own, ``surplus`` the path the other
+    way round (a wrapper was compiled, or a function that has the module in a variable). Both end in a dot
+    unless empty."""
 
     root: weakref.ref[nn.Module] | None = None
     prefix: str = ""
+    surplus: str = ""
+
+    def full_name(self, name: str) -> str:
+        return f"{self.prefix}{name.removeprefix(self.surplus)}".rstrip(".")
 
 
 def clean(path: str) -> str:
@@ -43,50 +52,57 @@ def clean(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
-def source_name(placeholder: torch.fx.Node) -> str | None:
-    """The dotted name of a Dynamo graph's input that is a module's parameter, else None.
-
-    Dynamo's source is ``L['self']._modules['encoder']._parameters['weight']``.
-    """
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    if source is None:
-        return None
-    text = source.name if isinstance(source.name, str) else source.name()
-    if "_parameters" not in text:
-        return None
-    text = re.sub(r"^[LG]\['[^']*'\]", "", text)
-    parts = re.findall(r"[\w-]+", text)
-    return clean(".".join(part for part in parts if part not in ("_modules", "_parameters", "_buffers")))
-
-
 def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> list[NamedInput]:
-    """The inputs of a Dynamo graph that are a module's parameters. The first is the graph's *anchor*, the
-    one by which it recognises its owner."""
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
-    return [
-        NamedInput(position, name)
-        for position, (node, value) in enumerate(inputs)
-        if isinstance(value, torch.Tensor) and (name := source_name(node))
-    ]
+    """The inputs of a Dynamo graph that are a module's parameters.
+
+    Dynamo says where each comes from: ``L['self']._modules['encoder']._parameters['weight']``. The variable
+    is left out of the name, unless a function uses modules of several variables. The first input found is
+    the graph's *anchor*, the one by which it recognises its owner.
+    """
+    found = []
+    for position, (node, value) in enumerate(
+        zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
+    ):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if source is None or not isinstance(value, torch.Tensor):
+            continue
+        text = source.name if isinstance(source.name, str) else source.name()
+        if "_parameters" in text:
+            variable, *parts = re.findall(r"[\w-]+", re.sub(r"^[LG]\[", "", text))
+            parts = [part for part in parts if part not in ("_modules", "_parameters")]
+            found.append((position, variable, clean(".".join(parts))))
+    variables = {variable for _, variable, _ in found}
+    qualify = len(variables) > 1 and "self" not in variables
+    return [NamedInput(p, f"{variable}.{name}" if qualify else name) for p, variable, name in found]
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """The call stack, outermost frame first."""
+    frames = []
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return reversed(frames)
 
 
 def running_modules() -> Iterator[nn.Module]:
-    """The modules whose methods are on the call stack, outermost first, wrappers taken off."""
-    frame = sys._getframe()
-    modules: list[nn.Module] = []
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+    """The modules whose methods are on the call stack, outermost first."""
+    for frame in _frames():
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
-            modules.append(owner)
-    return reversed(modules)
+            yield owner
 
 
 def find_root(parameter: object) -> nn.Module | None:
-    """The outermost running module that has ``parameter``, or the outermost one if none has."""
-    modules = list(running_modules())
-    holders = (module for module in modules if any(p is parameter for p in module.parameters()))
-    root = next(holders, modules[0] if modules else None)
-    return None if root is None else unwrap(root)
+    """The outermost running module that has ``parameter``. Where a plain function was compiled no module
+    may be running, and one that a variable on the call stack refers to is taken."""
+    running = list(running_modules())
+    variables = (value for frame in _frames() for value in frame.f_locals.values())
+    for module in itertools.chain(running, (v for v in variables if isinstance(v, nn.Module))):
+        if any(candidate is parameter for candidate in module.parameters()):
+            return unwrap(module)
+    return unwrap(running[0]) if running else None  # DDP compiles with stand-ins for the parameters
 
 
 def find_owner(parameter: object, name: str) -> Owner:
@@ -96,22 +112,24 @@ def find_owner(parameter: object, name: str) -> Owner:
         return Owner()
     for full, candidate in root.named_parameters(remove_duplicate=False):
         if candidate is parameter and f".{clean(full)}".endswith(f".{name}"):
-            return Owner(weakref.ref(root), clean(full)[: -len(name)])
+            return Owner(weakref.ref(root), prefix=clean(full)[: -len(name)])
+        if candidate is parameter and name.endswith(f".{clean(full)}"):
+            return Owner(weakref.ref(root), surplus=name[: -len(clean(full))])
     return Owner(weakref.ref(root))
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's own module inside torch.compile's, DDP's or FSDP's."""
-    while len(children := dict(module.named_children())) == 1 and children.keys() <= _WRAPPERS:
+    while len(children := dict(module.named_children())) == 1 and children.keys() <= {*_WRAPPERS, "module"}:
         (module,) = children.values()
     return module
 
 
 def module_paths(root: nn.Module) -> list[str]:
     """Every module path of a model, and the paths of weights that are parameters of their own."""
-    paths = {clean(name) for name, _ in root.named_modules()} | {
-        clean(name) for name, _ in root.named_parameters()
-    }
+    weights = {clean(name) for name, _ in root.named_parameters()}
+    paths = {clean(name) for name, _ in root.named_modules()}
+    paths |= {name for name in weights if name.rpartition(".")[2] not in ("weight", "bias")}
     return sorted(paths - {""})
 
 

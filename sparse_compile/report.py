@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from sparse_compile import naming
 from sparse_compile.schedule import Schedule
 from sparse_compile.site import Site
 from sparse_compile.sites import SiteRecord
@@ -100,7 +102,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        table = Table(box=box.SIMPLE_HEAD, title=self._title(), title_justify="left", pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("site", "kind", "shape", "method"):
             table.add_column(heading, no_wrap=True)
         for heading in ("keep", "zero rows", "backward GFLOP", "as run"):
@@ -112,7 +114,7 @@ class Report:
             file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140)
         )
         console.print(table)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return f"{self._title()}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
 
     def _title(self) -> str:
         totals = self.totals
@@ -144,7 +146,26 @@ def make_report(schedule: Schedule, runtime: Runtime) -> Report:
         _site_report(name, records, runtime.sites.get(name), runtime)
         for name, records in runtime.records.items()
     )
-    return Report(step=runtime.clock.step, schedule=schedule, sites=sites)
+    return Report(step=runtime.clock.step, schedule=schedule, sites=sites + _never_compiled(runtime))
+
+
+def _never_compiled(runtime: Runtime) -> tuple[SiteReport, ...]:
+    """The linears of the models that are in no graph: not run yet, or run outside of what was compiled."""
+    return tuple(
+        SiteReport(
+            name=naming.clean(name) + suffix,
+            kind="linear",
+            shape=(0, module.in_features, module.out_features),
+            method="dense",
+            keep=1.0,
+            rewritten=False,
+            reason="it has not run in a compiled graph that has a gradient",
+            calls=0,
+        )
+        for root, suffix in runtime.models()
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Linear) and naming.clean(name) + suffix not in runtime.records
+    )
 
 
 def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtime: Runtime) -> SiteReport:

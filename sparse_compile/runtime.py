@@ -40,22 +40,30 @@ _running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.Con
 
 
 @dataclasses.dataclass(slots=True)
+class Lanes:
+    """The forwards in flight of the same layers, through whichever of their graphs (there is one for each
+    kind of input)."""
+
+    taken: set[int] = dataclasses.field(default_factory=set)
+    step: int = 0
+
+    def open(self, step: int) -> int:
+        """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back."""
+        if step != self.step:
+            self.taken.clear()
+            self.step = step
+        lane = next(lane for lane in itertools.count() if lane not in self.taken)
+        self.taken.add(lane)
+        return lane
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RunningGraph:
-    """One compiled graph as one model runs it: its sites by number, and the lanes in flight."""
+    """One compiled graph as one model runs it, with its sites by number."""
 
     records: list[SiteRecord]
     sites: list[Site]
-    lanes: set[int] = dataclasses.field(default_factory=set)
-    step: int = 0
-
-    def open_lane(self, step: int) -> int:
-        """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back."""
-        if step != self.step:
-            self.lanes.clear()
-            self.step = step
-        lane = next(lane for lane in itertools.count() if lane not in self.lanes)
-        self.lanes.add(lane)
-        return lane
+    lanes: Lanes
 
 
 class Runtime:
@@ -74,6 +82,7 @@ class Runtime:
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}
         self._graphs: list[RunningGraph] = []
+        self._lanes: dict[tuple[str, ...], Lanes] = {}
         self._graph_ids: dict[tuple[str, int, str], int] = {}
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -82,9 +91,9 @@ class Runtime:
         _runtimes[self.id] = self
 
     @contextlib.contextmanager
-    def forward_of(self, anchor: NamedInput | None, inputs: Sequence[object]) -> Iterator[None]:
+    def forward_of(self, owner: Owner) -> Iterator[None]:
         """While a compiled callable runs: what ``begin`` asks for."""
-        token = _running.set((self, self.owner(anchor, inputs)))
+        token = _running.set((self, owner))
         try:
             yield
         finally:
@@ -97,9 +106,16 @@ class Runtime:
         parameter = inputs[anchor.position]
         owners = self._owners.setdefault(parameter, {})
         if anchor.name not in owners:
-            owners[anchor.name] = naming.find_owner(parameter, anchor.name)
             self.clock.watch(value for value in inputs if isinstance(value, nn.Parameter))
+            owner = naming.find_owner(parameter, anchor.name)
+            if owner.root is None:
+                return owner  # not known while a function is compiled, but when it runs
+            owners[anchor.name] = owner
         return owners[anchor.name]
+
+    def models(self) -> list[tuple[nn.Module, str]]:
+        """The models seen so far that still exist, each with what its sites' names end in."""
+        return [(root, f"@{copy}" if copy else "") for root, copy in self._copies.items()]
 
     def open(self, manifest: str, owner: Owner) -> Token:
         """Begin a forward of the graph with this manifest."""
@@ -108,15 +124,14 @@ class Runtime:
         if number is None:
             records = self.note(from_manifest(manifest), owner)
             number = self._graph_ids[key] = len(self._graphs)
-            self._graphs.append(RunningGraph(records, self._make_sites(records, owner)))
-        return self.id, number, self._graphs[number].open_lane(self.clock.step)
+            lanes = self._lanes.setdefault(tuple(record.name for record in records), Lanes())
+            self._graphs.append(RunningGraph(records, self._make_sites(records, owner), lanes))
+        return self.id, number, self._graphs[number].lanes.open(self.clock.step)
 
     def note(self, records: list[SiteRecord], owner: Owner) -> list[SiteRecord]:
         """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
         suffix = f"@{self._copy(owner)}" if self._copy(owner) else ""
-        records = [
-            dataclasses.replace(r, name=f"{owner.prefix}{r.name}".rstrip(".") + suffix) for r in records
-        ]
+        records = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in records]
         for name in dict.fromkeys(record.name for record in records):
             self.records[name] = [record for record in records if record.name == name]
         return records
@@ -161,8 +176,8 @@ class Runtime:
     def find(self, token: Token, number: int) -> tuple[Site, Use, Reuse | None]:
         """The site with this number in the graph that the token names, and what holds for it now."""
         graph = self._graphs[token[1]]
-        if token[2] in graph.lanes:  # the first op of this backward
-            graph.lanes.discard(token[2])
+        if token[2] in graph.lanes.taken:  # the first op of this backward
+            graph.lanes.taken.discard(token[2])
             self.clock.backward_began()
         return graph.sites[number], (graph.records[number].call, token[2]), self.clock.phase.linear
 

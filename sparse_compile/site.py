@@ -143,7 +143,7 @@ class Site:
             sample = choice.randrange(len(dy) // tokens)
         self._refreshes += 1
         value = reuse.next_base(dy, tokens, sample)
-        if bool(value.sum().isfinite()):
+        if bool(value.isfinite().all()):
             self._bases[use] = Base(value)
         else:  # an overflow under mixed precision: the step will be skipped, and must not be remembered
             self._bases.pop(use, None)

@@ -60,7 +60,7 @@ def sparse_residual(residual: Tensor, zero: list[bool], recipe: Recipe, contract
     """
     residual = residual.clone()
     residual[torch.tensor(zero)] = 0.0
-    kept = torch.zeros_like(residual, dtype=torch.bool)
+    kept = torch.zeros(residual.shape, dtype=torch.bool)
     rows, columns = residual.shape
     if recipe.granularity == "row":
         norms = [-1.0 if zero[i] else float(residual[i].norm()) for i in range(rows)]

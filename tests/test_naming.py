@@ -167,7 +167,6 @@ def test_copy_of_a_model_has_sites_of_its_own(compiled_before: bool) -> None:
     assert [site.rows for site in backend.report().sites] == [20] * 3 + [10] * 3
 
 
-# Fails: names are relative to whichever variable the function calls a module by, so both become one site.
 def test_two_modules_of_one_function_have_sites_of_their_own() -> None:
     backend = make_backend()
     one, other = Net(1), Net(1)
@@ -175,17 +174,16 @@ def test_two_modules_of_one_function_have_sites_of_their_own() -> None:
     assert len(names(backend)) == 6
 
 
-# Fails: the report knows only what was in a graph.
 def test_linear_that_runs_outside_any_graph_is_in_the_report() -> None:
     """After a graph break in a loop Dynamo runs the rest of the frame, and so the head, uncompiled."""
     backend = make_backend()
-    train(torch.compile(Net(breaks=True), backend=backend))
+    model = Net(breaks=True)
+    train(torch.compile(model, backend=backend))
     assert "head" in names(backend)
     assert not sites(backend)["head"].rewritten
     assert sites(backend)["head"].reason
 
 
-# Fails: "module" is taken for a wrapper's wherever it stands in a path.
 def test_submodule_called_like_a_wrapper_keeps_its_name() -> None:
     model = nn.Sequential()
     model.module, model.other = nn.Linear(6, 6), nn.Linear(6, 6)
@@ -270,7 +268,6 @@ def test_excluded_sites_gradient_is_dense() -> None:
             torch.testing.assert_close(parameter.grad, gradient)
 
 
-# Fails for a function: no module is running while it is compiled, so there is nothing to check against.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -303,7 +300,7 @@ def test_schedule_that_does_not_fit_the_model_is_refused(compiled: Any, options:
     ("path", "cleaned"),
     [
         ("layers.0.a", "layers.0.a"),
-        ("_orig_mod.module.layers.0.a", "layers.0.a"),
+        ("_orig_mod.layers.0.a", "layers.0.a"),
         ("layers.0._checkpoint_wrapped_module.a.weight", "layers.0.a.weight"),
         ("_fsdp_wrapped_module.head", "head"),
         ("", ""),

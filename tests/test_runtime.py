@@ -56,17 +56,19 @@ def test_large_gradients_that_are_finite_are_remembered():
     assert site.rows_computed == 128 + round(0.3 * 128) + 32
 
 
-def test_two_forwards_before_one_backward_have_a_base_each():
+@pytest.mark.parametrize("samples", [(6, 6), (6, 4), (4, 6)])
+def test_two_forwards_before_one_backward_have_a_base_each(samples):
+    """Also where the two are different graphs of one layer, as the first batches of two sizes are."""
     pair = Pair()
     for step in range(4):
-        left, right = batch(), batch()
+        inputs = [batch(each) for each in samples]
 
-        def siamese(module, pair=(left, right)):
-            outputs = []
-            for lane, x in enumerate(pair):
+        def siamese(module, inputs=inputs):
+            losses = []
+            for lane, x in enumerate(inputs):
                 pair.lane(lane)
-                outputs.append(module(x))
-            return square_loss(outputs[0] - outputs[1]) + square_loss(outputs[0])
+                losses.append(square_loss(module(x)))
+            return losses[0] * losses[1]
 
         together(pair.compiled, pair.reference, run=siamese)
         assert_same_gradients(pair.model, pair.reference, step)
@@ -148,7 +150,7 @@ def test_forward_without_a_backward_takes_a_lane_until_the_next_step():
     for _ in range(5):
         dense.append(pair.train(batch()))
         pair.lane(1)
-        pair.compiled(batch())
+        pair.compiled(batch().requires_grad_())  # as in `train`, so that it is the same graph
     assert dense == [True, True, False, False, False]
 
 

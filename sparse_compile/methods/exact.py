@@ -17,8 +17,10 @@ from sparse_compile.methods.rows import Rows
 # each, 0.04 ms for 2048 rows (2 cores), where the products of a 768 × 768 layer take 40 ms.
 _PROBE_COLUMNS = 8
 
-# Two powers of two whose squares neither overflow nor vanish for any float32: see `live_rows`.
-_UNDERFLOW_GUARD = 2.0**100
+
+def _underflow_guard(dtype: torch.dtype) -> float:
+    """A factor that lifts every number whose square is zero to one whose square is not."""
+    return 2.0**600 if dtype == torch.float64 else 2.0**100
 
 
 def live_rows(dy: Tensor) -> Tensor | None:
@@ -33,7 +35,7 @@ def live_rows(dy: Tensor) -> Tensor | None:
     if dead.numel() == 0:
         return None
     # The square of an entry below 1e-23 is zero in float32, so a norm of zero is not yet proof.
-    tiny = torch.linalg.vector_norm(dy.index_select(0, dead).mul_(_UNDERFLOW_GUARD), dim=1) != 0
+    tiny = torch.linalg.vector_norm(dy.index_select(0, dead).mul_(_underflow_guard(dy.dtype)), dim=1) != 0
     live[dead[tiny]] = True
     return None if bool(live.all()) else live
 

@@ -65,9 +65,9 @@ def elements(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Tens
         Ŷ, [N, O].
     """
     tiled = base.expand(dy.shape[0] // base.shape[0], *base.shape).reshape(dy.shape)
-    size = _masked(dy - tiled, live).abs().view(-1)
+    size = _masked(dy - tiled, live).abs().reshape(-1)
     kept = size.topk(_count(keep, size.numel()), sorted=False).indices
-    estimate = tiled.clone()
+    estimate = tiled.clone(memory_format=torch.contiguous_format)
     estimate.view(-1)[kept] = dy.reshape(-1)[kept]
     return _masked(estimate, live)
 

@@ -126,7 +126,8 @@ def test_layout_does_not_matter(tokens):
     assert torch.equal(*rows)
     assert torch.equal(*[reuse.elements(each, base, 0.4, live) for each in (dy, transposed(dy))])
     assert torch.equal(*[reuse.n_of_m(each, base, 2, 4, live, dim=0) for each in (dy, transposed(dy))])
-    assert torch.equal(*[reuse.next_base(each, tokens, None) for each in (dy, transposed(dy))])
+    # A mean over another layout adds up in another order.
+    torch.testing.assert_close(*[reuse.next_base(each, tokens, None) for each in (dy, transposed(dy))])
 
 
 def test_arguments_are_left_alone():

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 ACTIVATIONS = "both operands are activations"
 PARAMETERS = "both operands are parameters"
 LEFT_OPERAND = "the weight is the left operand"
-BATCH = "a batch of products, one weight matrix each"
+BATCH = "a batched product"
 
 
 class Attend(nn.Module):
