@@ -47,8 +47,7 @@ def rows(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Rows:
         keep: share of the N rows that is computed.
         live: bool [N], the rows of dY that are not zero; None if none is.
     """
-    residual = dy.view(-1, *base.shape) - base
-    norm = torch.linalg.vector_norm(residual, dim=-1).view(-1)
+    norm = _residual_norms(dy, base)
     if live is not None:
         norm = torch.where(live, norm, -1.0)
     alive = dy.shape[0] if live is None else int(live.sum())
@@ -56,6 +55,14 @@ def rows(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Rows:
     dropped = torch.ones_like(norm, dtype=torch.bool) if live is None else live.clone()
     dropped[kept] = False
     return Rows(kept, base, dropped)
+
+
+def _residual_norms(dy: Tensor, base: Tensor) -> Tensor:
+    """‖dY_i − P_t‖ for every row, [N]; a few samples at a time, so that R stays in cache."""
+    per_sample = dy.view(-1, *base.shape)
+    samples = max(1, 2**20 // base.numel())
+    norms = [torch.linalg.vector_norm(some - base, dim=-1) for some in per_sample.split(samples)]
+    return torch.cat(norms).view(-1)
 
 
 def elements(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Tensor:
