@@ -32,6 +32,11 @@ from sparse_compile.sites import SiteRecord, from_manifest
 Token = tuple[int, int, int]
 NO_TOKEN: Token = (-1, -1, -1)
 
+# A site with a smaller share of its graph's backward FLOPs is never approximated: nothing would be gained.
+# Much can be lost. Every gradient of a classifier goes through its pooler and head, and those have one row a
+# sample: with 3 rows of 32 kept there, MiniLM on movie reviews learned nothing (53 % where exact got 83 %).
+_NEGLIGIBLE = 0.001
+
 _ids = itertools.count()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
 _running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.ContextVar(
@@ -155,23 +160,28 @@ class Runtime:
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None
         paths = [record.name.partition("@")[0] for record in records]
-        return [
-            self._site(record.name, path, root, paths) for record, path in zip(records, paths, strict=True)
-        ]
+        total = sum(record.flops_backward for record in records if record.rewritten)
+        sites = []
+        for record, path in zip(records, paths, strict=True):
+            if record.name not in self.sites:
+                held_back = self._in_skipped_block(path, root, paths)
+                if held_back is None and record.flops_backward < _NEGLIGIBLE * total:
+                    held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
+                self._add_site(record.name, path, held_back)
+            sites.append(self.sites[record.name])
+        return sites
 
-    def _site(self, name: str, path: str, root: nn.Module | None, paths: list[str]) -> Site:
-        if name not in self.sites:
-            block = naming.block_of(path, root, paths) if self.schedule.skip_layers else None
-            held_back = None
-            if block is not None and self.schedule.skips_block(*block):
-                held_back = f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
-            site = Site(
-                name, seed=self.seed, left_alone=self.schedule.reason_left_out(path), held_back=held_back
-            )
-            if name in self._pending:
-                site.load_state_dict(self._pending.pop(name))
-            self.sites[name] = site
-        return self.sites[name]
+    def _in_skipped_block(self, path: str, root: nn.Module | None, paths: list[str]) -> str | None:
+        block = naming.block_of(path, root, paths) if self.schedule.skip_layers else None
+        if block is None or not self.schedule.skips_block(*block):
+            return None
+        return f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
+
+    def _add_site(self, name: str, path: str, held_back: str | None) -> None:
+        left_alone = self.schedule.reason_left_out(path)
+        site = self.sites[name] = Site(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
+        if name in self._pending:
+            site.load_state_dict(self._pending.pop(name))
 
     def find(self, token: Token, number: int) -> tuple[Site, Use, Reuse | None]:
         """The site with this number in the graph that the token names, and what holds for it now."""

@@ -293,6 +293,29 @@ def test_schedule_that_does_not_fit_the_model_is_refused(compiled: Any, options:
         train(run)
 
 
+class Classifier(nn.Module):
+    """A body that runs on 512 tokens, and a head that reads one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[:, 0])
+
+
+def test_layer_of_negligible_cost_is_never_approximated() -> None:
+    backend = make_backend(Schedule(linear=Reuse(0.5)))
+    model = Classifier()
+    run = torch.compile(model, backend=backend)
+    for _ in range(2):
+        run(torch.randn(2, 512, 64)).sum().backward()
+    report = sites(backend)
+    assert report["body"].method == "reuse"
+    assert (report["head"].method, report["head"].rewritten) == ("exact", True)
+    assert "under 0.1% of the FLOPs" in report["head"].reason
+
+
 # The parts
 
 
