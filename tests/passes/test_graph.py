@@ -103,7 +103,7 @@ def test_what_is_made_of_constants_alone_is_no_parameter(built: Built) -> None:
         ("L['self']._modules['layers']._modules['0']._modules['fc']", "layers.0.fc"),
         ("L['self'].layers[0].fc", "layers.0.fc"),
         ("L['self'].blocks['a-b'].fc", "blocks.a-b.fc"),
-        ("L['self']._orig_mod.module.fc", "fc"),
+        ("L['self']._orig_mod.fc", "fc"),
         ("L['model'].fc", "fc"),
         ("G['model'].fc", "fc"),
     ],
