@@ -38,9 +38,7 @@ def main(
     train_samples: Annotated[int, typer.Option(min=1, help="Training texts to use.")] = 2_560,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 32,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens per text, at most.")] = 64,
-    lr: Annotated[
-        float, typer.Option(min=0.0, help="Initial learning rate, which falls to 0; 5e-5 suits BERT-base.")
-    ] = 2e-4,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate; 5e-5 suits BERT-base.")] = 2e-4,
     warmup_fraction: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of training before reuse starts.")
     ] = 0.0,
