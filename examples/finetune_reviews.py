@@ -180,11 +180,7 @@ def run_all(results: Results, variants: list[Variant], recipe: Recipe, tokens: T
                     results.rounds = interleave(trainers, results.settings["rounds"])
             torch._dynamo.reset()
     except KeyboardInterrupt:
-        kept = (
-            f"the results of the {len(results.runs)} finished follow"
-            if results.runs
-            else "no run had finished"
-        )
+        kept = f"finished runs: {len(results.runs)}" if results.runs else "no run had finished"
         console.print(f"\nStopped during {doing}; {kept}.", highlight=False)
         return False
     return True
