@@ -10,7 +10,9 @@
 
 from sparse_compile.backend import SparseBackend, default_backend, sparse_backend
 from sparse_compile.report import Report
-from sparse_compile.schedule import Phase, Reuse, Schedule
+from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
 
 __version__ = "0.1.0"
 
@@ -18,6 +20,7 @@ __all__ = [
     "Phase",
     "Report",
     "Reuse",
+    "Sample",
     "Schedule",
     "SparseBackend",
     "__version__",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import runtime
+from sparse_compile.linear_site import LinearSite
 
 _library = torch.library.Library("sparse_compile", "DEF")
 _library.define(
@@ -49,9 +50,14 @@ def _begin(anchor: Tensor, manifest: str) -> Tensor:
 def _linear_backward(
     token: Tensor, dy: Tensor, x: Tensor | None, w: Tensor | None, site: int, tokens: int, dw_transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer, use, method = runtime.find(token.tolist(), site)
+    layer, use, phase = runtime.find(token.tolist(), site) or (LinearSite(""), (0, 0), None)
+    assert isinstance(layer, LinearSite)
     dx, dw = layer.linear_backward(
-        dy, x, w, tokens=tokens, dw_transposed=dw_transposed, method=method, use=use
+        *(dy, x, w),
+        tokens=tokens,
+        dw_transposed=dw_transposed,
+        method=None if phase is None else phase.linear,
+        use=use,
     )
     rows, index = dx or (dy.new_empty(0), dy.new_empty(0, dtype=torch.int64))
     return rows, index, dy.new_empty(0) if dw is None else dw

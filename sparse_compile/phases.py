@@ -1,26 +1,19 @@
-"""Ratios as a user may write them, checked and brought into one form: see `parse_ratio`."""
+"""Ratios and shares that change in the course of training, checked and brought into one form."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from numbers import Real
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeAlias
+
+from sparse_compile.checks import is_number, wrong
 
 Ratio: TypeAlias = float | str  # a number in [0, 1), or "n:m"
 Phases: TypeAlias = tuple[tuple[Ratio, float], ...]  # (ratio, the fraction of training it starts at)
+KeepPhases: TypeAlias = tuple[tuple[float, float], ...]  # the same with shares to keep, in (0, 1]
 
 _ONE_RATIO = 'a number in [0, 1), "n:m" (1 <= n <= m)'
+_ONE_KEEP = "a number in (0, 1]"
 _START = "a number in [0, 1]"
-
-
-def wrong(what: str, value: object, allowed: str) -> ValueError:
-    """The error for a value that is refused: what was set, to which value, and what is allowed."""
-    return ValueError(f"{what} is {value!r}; allowed is {allowed}.")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a real number, of Python or NumPy; a bool is not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def parse_n_m(text: str) -> tuple[int, int]:
@@ -43,22 +36,36 @@ def parse_ratio(field: str, value: object) -> Ratio | Phases:
     Raises:
         ValueError: `value` is none of these; the message calls it `field`.
     """
+    return _parse_phases(field, value, _one_ratio, _ONE_RATIO, "ratio")
+
+
+def parse_keep(field: str, value: object) -> float | KeepPhases:
+    """A share in (0, 1] or (keep, start) pairs, as a float or a tuple of tuples; see `parse_ratio`.
+
+    Raises:
+        ValueError: `value` is none of these; the message calls it `field`.
+    """
+    return _parse_phases(field, value, _one_keep, _ONE_KEEP, "keep")
+
+
+def _parse_phases(
+    field: str, value: object, parse: Callable[[str, object, str], Any], allowed: str, what: str
+) -> Any:
+    """`value` by `parse`, or each of its (`what`, start) pairs."""
     if not isinstance(value, list | tuple):
-        return _one_ratio(field, value, f"{_ONE_RATIO}, or a list of (ratio, start) pairs")
+        return parse(field, value, f"{allowed}, or a list of ({what}, start) pairs")
     if not value:
-        raise wrong(field, value, "a list of at least one (ratio, start) pair")
-    phases = tuple(_one_phase(f"{field}[{index}]", pair) for index, pair in enumerate(value))
-    _check_order(field, phases)
-    return phases
-
-
-def _one_phase(field: str, pair: object) -> tuple[Ratio, float]:
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise wrong(field, pair, "a (ratio, start) pair")
-    start = _unit_float(pair[1])
-    if start is None:
-        raise wrong(f"The start in {field}", pair[1], _START)
-    return _one_ratio(f"The ratio in {field}", pair[0], _ONE_RATIO), start
+        raise wrong(field, value, f"a list of at least one ({what}, start) pair")
+    phases = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise wrong(f"{field}[{index}]", pair, f"a ({what}, start) pair")
+        start = _unit_float(pair[1])
+        if start is None:
+            raise wrong(f"The start in {field}[{index}]", pair[1], _START)
+        phases.append((parse(f"The {what} in {field}[{index}]", pair[0], allowed), start))
+    _check_order(field, phases, f"({1.0 if what == 'keep' else 0.0}, 0.0)")
+    return tuple(phases)
 
 
 def _one_ratio(field: str, value: object, allowed: str) -> Ratio:
@@ -74,12 +81,19 @@ def _one_ratio(field: str, value: object, allowed: str) -> Ratio:
     return ratio
 
 
+def _one_keep(field: str, value: object, allowed: str) -> float:
+    keep = _unit_float(value)
+    if keep is None or keep == 0.0:
+        raise wrong(field, value, allowed)
+    return keep
+
+
 def _unit_float(value: object) -> float | None:
     """`value` as a float if it is a number in [0, 1], else None. (Adding 0.0 turns -0.0 into 0.0.)"""
     return float(value) + 0.0 if is_number(value) and 0 <= value <= 1 else None
 
 
-def _check_order(field: str, phases: Sequence[tuple[Ratio, float]]) -> None:
+def _check_order(field: str, phases: Sequence[tuple[Any, float]], dense: str) -> None:
     for earlier, later in pairwise(phases):
         if later[1] <= earlier[1]:
             raise ValueError(
@@ -89,5 +103,5 @@ def _check_order(field: str, phases: Sequence[tuple[Ratio, float]]) -> None:
     if phases[0][1] != 0:
         raise ValueError(
             f"{field} starts at {phases[0][1]}; the first phase must start at 0.0 "
-            "(add (0.0, 0.0) for a dense start)."
+            f"(add {dense} for a dense start)."
         )

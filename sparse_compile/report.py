@@ -29,7 +29,7 @@ class SiteReport:
         name: module path; of a second model under the same backend, followed by ``@1``, and so on.
         kind: ``"linear"``, ``"attention"`` or ``"matmul"``.
         shape: (N, I, O) of a linear at its last backward.
-        method: the method at its last backward: ``"dense"``, ``"exact"``, ``"reuse"``.
+        method: the method at its last backward: ``"dense"``, ``"exact"``, ``"reuse"``, ``"sample"``.
         keep: the share of dY's rows (or, with element and N:M reuse, entries) that the method computes now.
         rewritten: whether an op of ours does its backward.
         reason: why not, or why it gets another method than the schedule's.
@@ -190,9 +190,9 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
     runs = done.backwards / len(rewritten)
     return SiteReport(
         **common,
-        shape=first.shape if not done.backwards else (site.shape[0], site.shape[2], site.shape[1]),
+        shape=site.shape or first.shape,
         method=site.method,
-        keep=site.keep(runtime.clock.phase.linear),
+        keep=site.keep(runtime.clock.phase),
         rewritten=site.left_alone is None,
         reason=site.left_alone or site.held_back or first.reason,
         rows=done.rows,

@@ -2,7 +2,7 @@
 
     compiled callable (backend.py)          ops (ops.py)                     site.py
       with runtime.forward_of(…):  ────►  begin ─► Runtime.open ─► token
-                                          linear_backward(token, …) ─► find ─► Site.linear_backward
+                                          linear_backward(token, …) ─► find ─► LinearSite.linear_backward
 
 The token (three integers in a tensor that autograd saves) names the runtime, the graph and the lane. The
 *lane* numbers the forwards that are in flight: where a model runs twice before one backward, as in a
@@ -24,9 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_compile import naming
 from sparse_compile.clock import Clock
+from sparse_compile.linear_site import LinearSite
+from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
-from sparse_compile.schedule import Reuse, Schedule
-from sparse_compile.site import Site, Use
+from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.site import Site
 from sparse_compile.sites import SiteRecord, from_manifest
 
 Token = tuple[int, int, int]
@@ -179,17 +181,17 @@ class Runtime:
 
     def _add_site(self, name: str, path: str, held_back: str | None) -> None:
         left_alone = self.schedule.reason_left_out(path)
-        site = self.sites[name] = Site(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
+        site = self.sites[name] = LinearSite(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
         if name in self._pending:
             site.load_state_dict(self._pending.pop(name))
 
-    def find(self, token: Token, number: int) -> tuple[Site, Use, Reuse | None]:
+    def find(self, token: Token, number: int) -> tuple[Site, Use, Phase]:
         """The site with this number in the graph that the token names, and what holds for it now."""
         graph = self._graphs[token[1]]
         if token[2] in graph.lanes.taken:  # the first op of this backward
             graph.lanes.taken.discard(token[2])
             self.clock.backward_began()
-        return graph.sites[number], (graph.records[number].call, token[2]), self.clock.phase.linear
+        return graph.sites[number], (graph.records[number].call, token[2]), self.clock.phase
 
     def state_dict(self) -> dict[str, Any]:
         sites = {name: site.state_dict() for name, site in self.sites.items()}
@@ -202,7 +204,7 @@ class Runtime:
         self._pending = dict(state["sites"])
         for name, site in self.sites.items():
             site.seed = self.seed
-            site.load_state_dict(self._pending.pop(name, {"bases": {}, "refreshes": 0}))
+            site.load_state_dict(self._pending.pop(name, {}))
 
 
 def begin(manifest: str) -> Token:
@@ -214,9 +216,7 @@ def begin(manifest: str) -> Token:
     return runtime.open(manifest, owner)
 
 
-def find(token: Sequence[int], number: int) -> tuple[Site, Use, Reuse | None]:
-    """Called by every backward op. Without its backend, all that is left to do is exact skipping."""
+def find(token: Sequence[int], number: int) -> tuple[Site, Use, Phase] | None:
+    """Called by every backward op; None if its backend is gone, and all that is left is exact skipping."""
     runtime = _runtimes.get(token[0])
-    if runtime is None:
-        return Site(""), (0, 0), None
-    return runtime.find((token[0], token[1], token[2]), number)
+    return None if runtime is None else runtime.find((token[0], token[1], token[2]), number)

@@ -12,122 +12,20 @@ Every wrong value is refused with a `ValueError` that names the field, the value
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Integral
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
-from .phases import Phases, Ratio, is_number, parse_n_m, parse_ratio, wrong
+from sparse_compile.checks import integer, listed, near, one_of, store, wrong
+from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
 
-GRANULARITIES = ("row", "element", "n:m")
-SOURCES = ("mean", "sample")
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """Reuse the gradient remembered from an earlier step; compute only the largest part of what changed.
-
-    Source: ReSprop (Goli & Aamodt, "ReSprop: Reuse Sparsified Backpropagation", CVPR 2020) and its
-    successors for transformers, ReSprop-T and C-Sharp.
-
-    Args:
-        ratio: the share of the output gradient that is not computed. One of
-
-            - a number in [0, 1); 0 is dense;
-            - "n:m", e.g. "2:4": n kept of every m neighbours, so the ratio is 1 - n/m;
-            - a list of (ratio, start) pairs, each ratio one of the above, which holds from the fraction
-              `start` of training until the next pair's start. The first start is 0.0, starts increase.
-
-        granularity: what is kept or dropped as a whole: "row" (a token's row, by its norm), "element"
-            (single entries, by magnitude) or "n:m". An N:M ratio turns "row", the default, into "n:m".
-        source: the base that is reused: "mean" over the batch, or one random "sample" of it.
-        refresh_every: the base is renewed at every `refresh_every`-th backward, an int >= 1.
-
-    The ratio is stored as a float, a string, or a tuple of pairs, so that equal settings are equal objects.
-
-    Raises:
-        ValueError: a value is not among those above, phases are out of order, or ratio and granularity
-            contradict each other.
-    """
-
-    method: ClassVar[str] = "reuse"  # the name in Schedule.to_dict
-
-    ratio: Ratio | Sequence[tuple[Ratio, float]]
-    granularity: str = "row"
-    source: str = "mean"
-    refresh_every: int = 1
-
-    def __post_init__(self) -> None:
-        _store(self, "ratio", parse_ratio("Reuse.ratio", self.ratio))
-        _store(self, "granularity", _one_of("Reuse.granularity", self.granularity, GRANULARITIES))
-        _store(self, "source", _one_of("Reuse.source", self.source, SOURCES))
-        _store(self, "refresh_every", _integer("Reuse.refresh_every", self.refresh_every, at_least=1))
-        self._settle_granularity()
-
-    def _settle_granularity(self) -> None:
-        """Let an N:M ratio choose its granularity; refuse ratios that the granularity cannot express."""
-        ratios = [ratio for ratio, _ in self.phases]
-        n_m = [ratio for ratio in ratios if isinstance(ratio, str)]
-        if n_m and self.granularity == "element":
-            raise wrong("Reuse.granularity", self.granularity, f'"n:m" with the ratio "{n_m[0]}"')
-        if n_m:
-            _store(self, "granularity", "n:m")
-        for ratio in ratios:
-            if self.granularity == "n:m" and not isinstance(ratio, str) and ratio != 0:
-                raise ValueError(
-                    f'Reuse.ratio holds {ratio}; allowed with granularity "n:m" is "n:m", e.g. "2:4", '
-                    "or 0.0 (dense)."
-                )
-
-    @property
-    def phases(self) -> Phases:
-        """The ratio as (ratio, start fraction) pairs, in order; the first starts at 0.0."""
-        if isinstance(self.ratio, float | str):
-            return ((self.ratio, 0.0),)
-        return tuple(self.ratio)
-
-    @property
-    def needs_total_steps(self) -> bool:
-        """Whether a phase starts after 0, so that the length of training must be known."""
-        return len(self.phases) > 1
-
-    @property
-    def keep(self) -> float:
-        """The share that is computed, 1 - ratio, in (0, 1].
-
-        Raises:
-            ValueError: the ratio has several phases; `at` says which one holds.
-        """
-        if len(self.phases) > 1:
-            raise ValueError(
-                f"Reuse.keep is not defined for the {len(self.phases)} phases of Reuse.ratio {self.ratio}; "
-                "ask one of them: reuse.at(fraction).keep."
-            )
-        ratio = self.phases[0][0]
-        if isinstance(ratio, str):
-            n, m = parse_n_m(ratio)
-            return n / m
-        return 1.0 - ratio
-
-    def at(self, fraction: float) -> "Reuse":
-        """This method with the one ratio that holds at `fraction` of training.
-
-        A phase holds from its start, inclusive; the last one goes on past 1.0.
-
-        Raises:
-            ValueError: `fraction` is not a number >= 0.
-        """
-        if not is_number(fraction) or not fraction >= 0:
-            raise wrong("The fraction in Reuse.at", fraction, "a number >= 0")
-        return replace(self, ratio=[ratio for ratio, start in self.phases if start <= fraction][-1])
-
-
-Method: TypeAlias = Reuse  # the union of all method classes
+Method: TypeAlias = Reuse | Sample  # the union of all method classes
 
 # What each field of a Schedule accepts besides None, which is the exact gradient. A further method is
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
 METHODS: dict[str, tuple[type[Method], ...]] = {
-    "linear": (Reuse,),
+    "linear": (Reuse, Sample),
     "attention": (),
     "blocks": (),
     "saved_activations": (),
@@ -153,8 +51,8 @@ class Schedule:
     """Which gradients are estimated, by which method, in which modules and when.
 
     Args:
-        linear: the method for linear layers, a `Reuse`. None is exact: only rows of the output gradient
-            that are exactly zero are skipped.
+        linear: the method for linear layers, a `Reuse` or a `Sample`. None is exact: only rows of the
+            output gradient that are exactly zero are skipped.
         attention, blocks, saved_activations, weight_gradients: only None in this version.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
@@ -181,11 +79,11 @@ class Schedule:
     def __post_init__(self) -> None:
         for field in METHODS:
             _check_method(field, getattr(self, field))
-        _store(self, "include", _patterns("Schedule.include", self.include))
-        _store(self, "exclude", _patterns("Schedule.exclude", self.exclude))
-        _store(self, "skip_layers", _block_indices(self.skip_layers))
+        store(self, "include", _patterns("Schedule.include", self.include))
+        store(self, "exclude", _patterns("Schedule.exclude", self.exclude))
+        store(self, "skip_layers", _block_indices(self.skip_layers))
         if self.total_steps is not None:
-            _store(self, "total_steps", _integer("Schedule.total_steps", self.total_steps, at_least=1))
+            store(self, "total_steps", integer("Schedule.total_steps", self.total_steps, at_least=1))
         for field, method in self._methods().items():
             if method is not None and method.needs_total_steps and self.total_steps is None:
                 late = next(phase for phase in method.phases if phase[1] > 0)
@@ -219,7 +117,7 @@ class Schedule:
         Raises:
             ValueError: `step` is not an int >= 0.
         """
-        step = _integer("The step of a schedule", step, at_least=0)
+        step = integer("The step of a schedule", step, at_least=0)
         return 0.0 if self.total_steps is None else min(step, self.total_steps) / self.total_steps
 
     def at(self, step: int) -> Phase:
@@ -235,7 +133,7 @@ class Schedule:
     def reason_left_out(self, name: str) -> str | None:
         """Why `include` and `exclude` leave out the module path `name`; None if they select it."""
         if self.include and not any(pattern_matches(pattern, name) for pattern in self.include):
-            return f"matches no include pattern ({_listed(self.include)})"
+            return f"matches no include pattern ({listed(self.include)})"
         for pattern in self.exclude:
             if pattern_matches(pattern, name):
                 return f"matches the exclude pattern '{pattern}'"
@@ -254,7 +152,7 @@ class Schedule:
                     names = [*paths, *(path.rpartition(".")[2] for path in paths)]
                     raise ValueError(
                         f"Schedule.{field} has the pattern '{pattern}', which matches none of "
-                        f"{len(paths)} module paths; near names: {_near(pattern, names) or 'none'}."
+                        f"{len(paths)} module paths; near names: {near(pattern, names) or 'none'}."
                     )
 
     def skips_block(self, index: int, count: int) -> bool:
@@ -316,23 +214,6 @@ def pattern_matches(pattern: str, path: str) -> bool:
     return any(fnmatchcase(".".join(parts[start:end]), pattern) for end in ends for start in range(end))
 
 
-def _store(instance: object, field: str, value: object) -> None:
-    """Set a field of a frozen dataclass to its checked form, from its own `__post_init__`."""
-    object.__setattr__(instance, field, value)
-
-
-def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise wrong(field, value, " or ".join(f'"{name}"' for name in allowed))
-    return value
-
-
-def _integer(field: str, value: object, at_least: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        raise wrong(field, value, f"an int >= {at_least}")
-    return int(value)
-
-
 def _patterns(field: str, value: object) -> tuple[str, ...]:
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) and p for p in patterns):
@@ -365,7 +246,7 @@ def _method_from_dict(field: str, value: object) -> Any:
     if not isinstance(value, Mapping) or not by_name:
         return value
     options = dict(value)
-    name = _one_of(f'Schedule.{field}["method"]', options.pop("method", None), tuple(by_name))
+    name = one_of(f'Schedule.{field}["method"]', options.pop("method", None), tuple(by_name))
     _check_keys(f"Schedule.{field}", options, by_name[name])
     return by_name[name](**options)
 
@@ -375,10 +256,10 @@ def _check_keys(owner: str, given: Mapping[str, object], cls: type) -> None:
     names = [field.name for field in fields(cls)]
     for key in given:
         if key not in names:
-            near = _near(str(key), names)
+            close = near(str(key), names)
             raise ValueError(
-                f"{owner} has the unknown key {key!r}; near names: {near or 'none'}; "
-                f"allowed are {_listed(names)}."
+                f"{owner} has the unknown key {key!r}; near names: {close or 'none'}; "
+                f"allowed are {listed(names)}."
             )
     for field in fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in given:
@@ -389,12 +270,3 @@ def _jsonable(value: object) -> Any:
     if isinstance(value, Method):
         return {"method": value.method} | {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
     return [_jsonable(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _near(name: str, candidates: Iterable[str]) -> str:
-    """Up to five of `candidates` that look like `name`, quoted; empty if none does."""
-    return _listed(get_close_matches(name, dict.fromkeys(candidates), n=5))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparse_compile.phases import parse_n_m
-from sparse_compile.schedule import Reuse
+from sparse_compile.settings.reuse import Reuse
 
 DENSE_THEN_REUSE = [(0.0, 0.0), (0.9, 0.25)]
 

@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from sparse_compile.schedule import METHODS, Reuse, Schedule, pattern_matches
+from sparse_compile.schedule import METHODS, Schedule, pattern_matches
+from sparse_compile.settings.reuse import Reuse
 
 DENSE_THEN_REUSE = [(0.0, 0.0), (0.9, 0.25)]
 

@@ -29,17 +29,19 @@ def weight_gradient(dy: Tensor, x: Tensor, *, transposed: bool) -> Tensor:
 
 
 def gather(dy: Tensor, rows: Rows) -> Tensor:
-    """The distinct rows of Ŷ, [k + T, O]: the kept rows of dY, then the base."""
+    """The distinct rows of Ŷ, [k + T, O]: the kept rows of dY (scaled), then the base."""
     compact = dy.new_empty(rows.computed, dy.shape[1])
     k = rows.kept.numel()
     torch.index_select(dy, 0, rows.kept, out=compact[:k])
+    if rows.scale is not None:
+        compact[:k].mul_(rows.scale.unsqueeze(1))
     if rows.base is not None:
         compact[k:] = rows.base
     return compact
 
 
 def input_gradient_of_rows(compact: Tensor, w: Tensor, rows: Rows, n: int) -> DistinctRows:
-    """dX = Ŷ · W: each distinct row is multiplied once. The rows of Ŷ that are zero share one row of zeros."""
+    """dX = Ŷ · W: each distinct row is multiplied once; those of Ŷ that are zero share a row of zeros."""
     k, zero_slot = rows.kept.numel(), compact.shape[0]
     products = compact.new_empty(max(n, zero_slot) + 1, w.shape[1])
     torch.mm(compact, w, out=products[:zero_slot])

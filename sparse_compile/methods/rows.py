@@ -12,17 +12,20 @@ from torch import Tensor
 class Rows:
     """Ŷ [N, O], an estimate of dY, given by which of its rows are computed and what the others are.
 
-    Row i of Ŷ is dY_i where i is in ``kept``, base_t with t = i mod T where ``dropped[i]``, else zero.
+    Row i of Ŷ is dY_i, times its ``scale``, where i is in ``kept``; base_t with t = i mod T where
+    ``dropped[i]``; else zero.
 
     Attributes:
         kept: int64 [k], ascending, no index twice.
         base: [T, O], or None if the other rows are all zero.
         dropped: bool [N], or None together with ``base``.
+        scale: what the kept rows are multiplied by, [k], or None: nothing.
     """
 
     kept: Tensor
     base: Tensor | None = None
     dropped: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def computed(self) -> int:
@@ -35,4 +38,7 @@ class Rows:
         if self.base is not None and self.dropped is not None:
             tiled = self.base.expand(dy.shape[0] // self.base.shape[0], *self.base.shape).reshape(dy.shape)
             estimate = torch.where(self.dropped.unsqueeze(1), tiled, estimate)
-        return estimate.index_copy_(0, self.kept, dy.index_select(0, self.kept))
+        kept = dy.index_select(0, self.kept)
+        if self.scale is not None:
+            kept = (kept * self.scale.unsqueeze(1)).to(dy.dtype)
+        return estimate.index_copy_(0, self.kept, kept)
