@@ -9,7 +9,8 @@ not take part in either. A graph holds them as two unrelated nodes far from the 
 
 becomes
 
-    backward   dX, dW = sparse_compile.linear_backward(token, dY, X, W, site, …)
+    backward   rows, index, dW = sparse_compile.linear_backward(token, dY, X, W, site, …)
+               dX = rows[index]
 
 The bias gradient, ``sum(dY, 0)``, stays where it is: it is exact, and fused with what makes dY.
 
@@ -202,18 +203,23 @@ def rewrite_linear(graph: Graph, match: LinearMatch, *, token: Node) -> Node:
             *(token, dy, x, weight, NO_SITE, _tokens(graph, match), match.dw_transposed),
             like=match.first,
         )
-    _replace(graph, match.dx, gradients, 0, transposed=match.dx_transposed)
-    _replace(graph, match.dw, gradients, 1, transposed=False)
+    if match.dx is not None:
+        with graph.inserting_before(match.dx):
+            rows = g.call(graph, operator.getitem, gradients, 0, like=match.dx)
+            index = g.call(graph, operator.getitem, gradients, 1, like=match.dx)
+            # Without a check of its bounds: the index is ours.
+            dx = g.call(graph, aten._unsafe_index.Tensor, rows, [index], like=match.dx)
+            if match.dx_transposed:
+                dx = g.call(graph, permute, dx, [1, 0], like=match.dx)
+        _replace(graph, match.dx, dx)
+    if match.dw is not None:
+        with graph.inserting_before(match.dw):
+            dw = g.call(graph, operator.getitem, gradients, 2, like=match.dw)
+        _replace(graph, match.dw, dw)
     return gradients
 
 
-def _replace(graph: Graph, product: Node | None, gradients: Node, which: int, *, transposed: bool) -> None:
-    if product is None:
-        return
-    with graph.inserting_before(product):
-        gradient = g.call(graph, operator.getitem, gradients, which, like=product)
-        if transposed:
-            gradient = g.call(graph, aten.permute.default, gradient, [1, 0], like=product)
+def _replace(graph: Graph, product: Node, gradient: Node) -> None:
     product.replace_all_uses_with(gradient)
     graph.erase_node(product)
 

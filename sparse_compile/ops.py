@@ -6,9 +6,12 @@
     it finds the way back from any later backward, whichever model, copy or backend that belongs to.
     ``anchor`` is any input of the graph; it is not read and only keeps compilers from folding a constant.
 
-``linear_backward(token, dy, x, w, site, tokens, dw_transposed) -> (dx, dw)``
-    dY [N, O], X [N, I] or None (then dw is empty), W [O, I] or None (then dx is empty); see
+``linear_backward(token, dy, x, w, site, tokens, dw_transposed) -> (rows, index, dw)``
+    dY [N, O], X [N, I] or None (then dw is empty), W [O, I] or None (then rows and index are empty); see
     ``passes/linear.py``. ``site`` is a position in the graph's manifest, ``tokens`` the rows of a sample.
+    dX is ``rows[index]``: rows [N + 1, I] holds its distinct rows, index int64 [N] says which of them stands
+    where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
+    of dX need never be written. Rows that the index does not name hold anything.
 
 Ratios, bases and counters are looked up when an op runs, so nothing that changes from step to step is in
 the graph, and both ops are opaque to Inductor. They are not pure: a backend that is not running (an
@@ -29,7 +32,7 @@ _library.define(
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
-    " bool dw_transposed) -> (Tensor, Tensor)",
+    " bool dw_transposed) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -45,12 +48,13 @@ def _begin(anchor: Tensor, manifest: str) -> Tensor:
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(
     token: Tensor, dy: Tensor, x: Tensor | None, w: Tensor | None, site: int, tokens: int, dw_transposed: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     layer, use, method = runtime.find(token.tolist(), site)
     dx, dw = layer.linear_backward(
         dy, x, w, tokens=tokens, dw_transposed=dw_transposed, method=method, use=use
     )
-    return dy.new_empty(0) if dx is None else dx, dy.new_empty(0) if dw is None else dw
+    rows, index = dx or (dy.new_empty(0), dy.new_empty(0, dtype=torch.int64))
+    return rows, index, dy.new_empty(0) if dw is None else dw
 
 
 @torch.library.register_fake("sparse_compile::begin")
@@ -61,9 +65,10 @@ def _begin_fake(anchor: Tensor, manifest: str) -> Tensor:
 @torch.library.register_fake("sparse_compile::linear_backward")
 def _linear_backward_fake(
     token: Tensor, dy: Tensor, x: Tensor | None, w: Tensor | None, site: int, tokens: int, dw_transposed: bool
-) -> tuple[Tensor, Tensor]:
-    dx = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0], w.shape[1])
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0] + 1, w.shape[1])
+    index = dy.new_empty(0 if w is None else dy.shape[0], dtype=torch.int64)
     if x is None:
-        return dx, dy.new_empty(0)
+        return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
-    return dx, dy.new_empty(shape)
+    return rows, index, dy.new_empty(shape)

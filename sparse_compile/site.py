@@ -75,8 +75,8 @@ class Site:
         dw_transposed: bool,
         method: Reuse | None,
         use: Use = (0, 0),
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(dX, dW) of a linear; None for the one that is not asked for.
+    ) -> tuple[kernel.DistinctRows | None, Tensor | None]:
+        """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
 
         Args:
             dy: [N, O].
