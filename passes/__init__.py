@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.attention import record_attentions
+from sparse_compile.passes.blocks import mark_blocks, rewrite_blocks
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from torch.fx import Graph
@@ -20,16 +21,19 @@ from torch.fx import Graph
 from sparse_compile import sites
 from sparse_compile.sites import SiteRecord, to_manifest
 
-__all__ = ["linears_called", "rewrite", "source_hash"]
+__all__ = ["linears_called", "mark_blocks", "rewrite", "source_hash"]
 
 
-def rewrite(graph: Graph, parameters: dict[int, str], linears: Sequence[str] = ()) -> list[SiteRecord]:
+def rewrite(
+    graph: Graph, parameters: dict[int, str], linears: Sequence[str] = (), blocks: Sequence[str] = ()
+) -> list[SiteRecord]:
     """Rewrite a joint graph in place.
 
     Args:
         graph: the joint graph of AOTAutograd, with or without Inductor's decompositions.
         parameters: position among the graph's inputs -> name of the parameter there.
         linears: names of the linears that must turn up in the result (:func:`linears_called`).
+        blocks: paths of the blocks whose ends are marked (:func:`mark_blocks`).
 
     Returns:
         A record of every linear and attention: rewritten, or left alone and why. The same records are in
@@ -38,12 +42,15 @@ def rewrite(graph: Graph, parameters: dict[int, str], linears: Sequence[str] = (
     records: list[SiteRecord] = []
     inputs = graph.find_nodes(op="placeholder")
     if not any(g.is_backward(node) for node in graph.nodes):
+        rewrite_blocks(graph, None, blocks)
         return records  # an inference graph: there is no gradient
     names = {node: parameters[i] for node in inputs if (i := g.input_index(node)) in parameters}
     below = g.parameters_below(graph, names)
     token = g.insert_begin(graph, inputs)
 
-    ops = rewrite_linears(graph, token=token, below=below, records=records)
+    ops = rewrite_blocks(graph, token, blocks)
+    records.extend(ops.values())
+    ops |= rewrite_linears(graph, token=token, below=below, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     record_attentions(graph, records)
     # Last: it lists what none of the others recognised.

@@ -84,7 +84,11 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    return clean_path(list(stack.values())[-1][0])
+
+
+def clean_path(path: str) -> str:
+    """A module path as Dynamo writes it, without the frame's variable and what wrappers add."""
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", path))
     return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod"))
 

@@ -71,17 +71,18 @@ class SparseBackend:
         self._check_schedule(naming.find_root(None if anchor is None else example_inputs[anchor.position]))
         names = {parameter.position: parameter.name for parameter in parameters}
         linears = list(passes.linears_called(gm, names))
+        blocks = self._mark_blocks(gm)
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
-            records = passes.rewrite(graph, names, linears)
+            records = passes.rewrite(graph, names, linears, blocks)
             self._runtime.note(records, self._runtime.owner(anchor, example_inputs))
             if self._debug:
                 self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
                 self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
 
         if self._compiler == "inductor":
-            key = None if self._debug else self._cache_key(gm, names)
+            key = None if self._debug else self._cache_key(gm, names, blocks)
             patches = dict(options or {})
             compiled = compilers.with_inductor(gm, example_inputs, rewrite, key, mode=mode, options=patches)
         else:
@@ -130,7 +131,7 @@ class SparseBackend:
         Raises:
             ValueError: the state is of another schedule, or is no state of a backend at all.
         """
-        missing = {"schedule", "seed", "step", "sites"} - set(state)
+        missing = {"schedule", "seed", "step", "sites", "controller"} - set(state)
         if missing:
             raise ValueError(
                 f"state is no SparseBackend.state_dict(): it lacks {', '.join(sorted(missing))}."
@@ -154,11 +155,15 @@ class SparseBackend:
         except ValueError as error:
             raise ScheduleError(str(error)) from None
 
-    def _cache_key(self, gm: GraphModule, names: dict[int, str]) -> str:
+    def _mark_blocks(self, gm: GraphModule) -> list[str]:
+        """Mark the ends of the model's blocks, if the schedule does anything there."""
+        return [] if self.schedule.blocks is None else passes.mark_blocks(gm, self.schedule.blocks.where)
+
+    def _cache_key(self, gm: GraphModule, names: dict[int, str], blocks: list[str]) -> str:
         """All that the compiled graph depends on beyond the graph: our source, the schedule, and the names,
         which are in the graph's manifest but in no key of Inductor's."""
         paths = [graph_tools.module_path(node) for node in gm.graph.nodes]
-        parts = [passes.source_hash(), self.schedule.to_dict(), sorted(names.items()), paths]
+        parts = [passes.source_hash(), self.schedule.to_dict(), sorted(names.items()), paths, blocks]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _look_again_after_backward(self, outputs: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,14 +27,18 @@ _clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
 class Clock:
     """Counts the optimizer steps of the models of one backend, and holds the phase of the schedule.
 
+    Args:
+        end_of_step: called with the step that ends, before the next one begins.
+
     Attributes:
         step: optimizer steps taken.
         phase: what the schedule says holds now.
         has_optimizer: whether an optimizer that holds a watched parameter has stepped.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, end_of_step: Callable[[int], None] | None = None) -> None:
         self._schedule = schedule
+        self._end_of_step = end_of_step
         self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._backwards = 0  # since the last step
         self.has_optimizer = False
@@ -71,6 +75,8 @@ class Clock:
         """End the step, if a backward belongs to it. (Two optimizers for one model make one step.)"""
         if self._backwards:
             self._backwards = 0
+            if self._end_of_step is not None:
+                self._end_of_step(self.step)
             self.step += 1
 
 

@@ -13,6 +13,7 @@ from sparse_compile.methods import exact, reuse, sample
 from sparse_compile.methods.rows import Rows
 from sparse_compile.phases import parse_n_m
 from sparse_compile.schedule import Phase
+from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
@@ -28,10 +29,8 @@ _DENSE_SHARE = 0.9
 class LinearSite(Site):
     """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O)."""
 
-    def __init__(
-        self, name: str, *, seed: int = 0, left_alone: str | None = None, held_back: str | None = None
-    ) -> None:
-        super().__init__(name, seed=seed, left_alone=left_alone, held_back=held_back)
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
 
@@ -43,7 +42,7 @@ class LinearSite(Site):
         *,
         tokens: int,
         dw_transposed: bool,
-        method: Reuse | Sample | None,
+        phase: Phase | None,
         use: Use = (0, 0),
     ) -> tuple[kernel.DistinctRows | None, Tensor | None]:
         """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
@@ -54,27 +53,27 @@ class LinearSite(Site):
             w: [O, I], or None: no dX.
             tokens: T, rows per sample.
             dw_transposed: return dW as [I, O].
-            method: what the schedule says of linears at this step; None is exact.
+            phase: what the schedule says of this step; None is exact.
             use: whose base it is.
         """
         (n, outputs), inputs = dy.shape, next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, outputs)
-        if self.left_alone or self.held_back:
-            method = None
+        measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
+        method = None if phase is None or measured or self.held_back else phase.linear
         zero: int
         estimates: Estimates
         if self.left_alone:
             self.method = "dense"
             zero, estimates = 0, (dy, dy)
-        elif method is None or _share(method) == 1.0:
+        elif method is None or self._share(method) == 1.0:
             self.method = "exact"
             zero, estimates = self._skip_zero_rows(dy, exact.live_rows(dy))
-        elif isinstance(method, Sample):
-            self.method = method.method
-            zero, estimates = self._sample(dy, x, tokens, method, use)
-        else:
+        elif isinstance(method, Reuse):
             self.method = method.method
             zero, estimates = self._reuse(dy, tokens, method, use)
+        else:
+            self.method = method.method
+            zero, estimates = self._sample(dy, x, method, use)
         for_dx, for_dw = estimates
         self._count(zero, None if w is None else for_dx, None if x is None else for_dw)
         dx = dw = None
@@ -92,11 +91,19 @@ class LinearSite(Site):
                 dw = kernel.weight_gradient_of_rows(compact, x, for_dw, transposed=dw_transposed)
             else:
                 dw = kernel.weight_gradient(for_dw, x, transposed=dw_transposed)
+        if measured and x is not None and dw is not None:
+            self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
 
     def keep(self, phase: Phase) -> float:
         method = phase.linear
-        return 1.0 if method is None or self.left_alone or self.held_back else round(_share(method), 6)
+        return 1.0 if method is None or self.left_alone or self.held_back else round(self._share(method), 6)
+
+    def _share(self, method: Reuse | Sample | Adaptive) -> float:
+        """The share that a method keeps at this step; an adaptive one's is of the rows that are not zero."""
+        if isinstance(method, Adaptive):
+            return self.controller.row_share(self.name)
+        return cast(float, method.keep)
 
     def _skip_zero_rows(self, dy: Tensor, live: Tensor | None) -> tuple[int, Estimates]:
         """The number of rows skipped as zero, and dY without them."""
@@ -130,22 +137,26 @@ class LinearSite(Site):
         return zero, estimates
 
     def _sample(
-        self, dy: Tensor, x: Tensor | None, tokens: int, method: Sample, use: Use
+        self, dy: Tensor, x: Tensor | None, method: Sample | Adaptive, use: Use
     ) -> tuple[int, Estimates]:
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
         norms = torch.linalg.vector_norm(dy, dim=1, dtype=sample.wide(dy.dtype))
         if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
             return 0, (dy, dy)
-        zero = len(dy) - int(norms.count_nonzero())
+        live = int(norms.count_nonzero())
         draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
         self._draws += 1
-        keep = _share(method)
+        if isinstance(method, Adaptive):
+            k, gradients, clip = sample.count(self._share(method), live), "weight", None
+        else:
+            k, gradients, clip = sample.count(self._share(method), len(dy)), method.gradients, method.clip
         for_dx = for_dw = None
-        if method.gradients != "weight":
-            for_dx = sample.rows(norms, keep, method.clip, draw)
-        if method.gradients != "input" and x is not None:
+        if gradients != "weight":
+            for_dx = sample.rows(norms, k, clip, draw)
+        if gradients != "input" and x is not None:
             scores = norms * torch.linalg.vector_norm(x, dim=1, dtype=norms.dtype)
-            for_dw = sample.rows(scores, keep, method.clip, draw)
+            for_dw = sample.rows(scores, k, clip, draw)
+        zero = len(dy) - live
         if for_dx is None or for_dw is None:  # a product that is not sampled, or not asked for
             _, (exactly, _) = self._skip_zero_rows(dy, exact.live_rows(dy) if zero else None)
             return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
@@ -175,11 +186,6 @@ class LinearSite(Site):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state)
         self._draws = state.get("draws", 0)
-
-
-def _share(method: Reuse | Sample) -> float:
-    """The one share that a method keeps at a step."""
-    return cast(float, method.keep)
 
 
 def _reuse_estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | None) -> Estimates:

@@ -13,6 +13,13 @@
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
     of dX need never be written. Rows that the index does not name hold anything.
 
+``boundary(h, block) -> h``
+    marks, before a graph is traced, where a block of the model ends; ``boundary_gradient`` is its derivative.
+    Both are the identity, and ``passes/blocks.py`` takes them out of the graph again.
+
+``sample_weights(token, squares, site) -> weights``
+    squares [B], Σ dH² of each sample of a batch; weights [B], what its gradient is to be multiplied by.
+
 Ratios, bases and counters are looked up when an op runs, so nothing that changes from step to step is in
 the graph, and both ops are opaque to Inductor. They are not pure: a backend that is not running (an
 exported graph, say) gets the token (-1, -1, -1), with which a linear is done by exact skipping alone.
@@ -20,10 +27,13 @@ exported graph, say) gets the token (-1, -1, -1), with which a linear is done by
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparse_compile import runtime
+from sparse_compile.block_site import BlockSite
 from sparse_compile.linear_site import LinearSite
 
 _library = torch.library.Library("sparse_compile", "DEF")
@@ -34,6 +44,13 @@ _library.define(
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
     " bool dw_transposed) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+_library.define("boundary(Tensor h, int block) -> Tensor")
+_library.define("boundary_gradient(Tensor dh, int block) -> Tensor")
+_library.define(
+    "sample_weights(Tensor token, Tensor squares, int site) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -56,7 +73,7 @@ def _linear_backward(
         *(dy, x, w),
         tokens=tokens,
         dw_transposed=dw_transposed,
-        method=None if phase is None else phase.linear,
+        phase=phase,
         use=use,
     )
     rows, index = dx or (dy.new_empty(0), dy.new_empty(0, dtype=torch.int64))
@@ -78,3 +95,39 @@ def _linear_backward_fake(
         return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
     return rows, index, dy.new_empty(shape)
+
+
+@torch.library.impl(_library, "sample_weights", "CompositeExplicitAutograd")
+def _sample_weights(token: Tensor, squares: Tensor, site: int) -> Tensor:
+    found = runtime.find(token.tolist(), site)
+    if found is None:
+        return torch.ones_like(squares)
+    block, use, phase = found
+    assert isinstance(block, BlockSite)
+    return block.weights(squares, phase=phase, use=use)
+
+
+@torch.library.register_fake("sparse_compile::sample_weights")
+def _sample_weights_fake(token: Tensor, squares: Tensor, site: int) -> Tensor:
+    return torch.empty_like(squares)
+
+
+@torch.library.impl(_library, "boundary", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "boundary_gradient", "CompositeExplicitAutograd")
+@torch.library.register_fake("sparse_compile::boundary")
+@torch.library.register_fake("sparse_compile::boundary_gradient")
+def _copy(h: Tensor, block: int) -> Tensor:
+    return h.clone()
+
+
+def _save_block(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    ctx.block = inputs[1]
+
+
+def _boundary_backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.sparse_compile.boundary_gradient(dh, ctx.block), None
+
+
+torch.library.register_autograd(
+    "sparse_compile::boundary", _boundary_backward, setup_context=_save_block, lib=_library
+)

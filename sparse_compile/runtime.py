@@ -23,7 +23,9 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_compile import naming
+from sparse_compile.block_site import BlockSite
 from sparse_compile.clock import Clock
+from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
@@ -38,6 +40,8 @@ NO_TOKEN: Token = (-1, -1, -1)
 # Much can be lost. Every gradient of a classifier goes through its pooler and head, and those have one row a
 # sample: with 3 rows of 32 kept there, MiniLM on movie reviews learned nothing (53 % where exact got 83 %).
 _NEGLIGIBLE = 0.001
+
+_KINDS: dict[str, type[Site]] = {"linear": LinearSite, "block": BlockSite}
 
 _ids = itertools.count()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
@@ -85,7 +89,8 @@ class Runtime:
         self.id = next(_ids)
         self.schedule = schedule
         self.seed = seed
-        self.clock = Clock(schedule)
+        self.controller = Controller(schedule)
+        self.clock = Clock(schedule, end_of_step=self.controller.end_of_step)
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}
         self._graphs: list[RunningGraph] = []
@@ -166,24 +171,37 @@ class Runtime:
         sites = []
         for record, path in zip(records, paths, strict=True):
             if record.name not in self.sites:
-                held_back = self._in_skipped_block(path, root, paths)
-                if held_back is None and record.flops_backward < _NEGLIGIBLE * total:
+                block = naming.block_of(path, root, paths)
+                held_back = self._in_skipped_block(block)
+                if (
+                    held_back is None
+                    and record.kind != "block"
+                    and record.flops_backward < _NEGLIGIBLE * total
+                ):
                     held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
-                self._add_site(record.name, path, held_back)
+                self._add_site(record, path, held_back, block)
             sites.append(self.sites[record.name])
         return sites
 
-    def _in_skipped_block(self, path: str, root: nn.Module | None, paths: list[str]) -> str | None:
-        block = naming.block_of(path, root, paths) if self.schedule.skip_layers else None
-        if block is None or not self.schedule.skips_block(*block):
+    def _in_skipped_block(self, block: tuple[int, int] | None) -> str | None:
+        if not self.schedule.skip_layers or block is None or not self.schedule.skips_block(*block):
             return None
         return f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
 
-    def _add_site(self, name: str, path: str, held_back: str | None) -> None:
-        left_alone = self.schedule.reason_left_out(path)
-        site = self.sites[name] = LinearSite(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
-        if name in self._pending:
-            site.load_state_dict(self._pending.pop(name))
+    def _add_site(
+        self, record: SiteRecord, path: str, held_back: str | None, block: tuple[int, int] | None
+    ) -> None:
+        make = _KINDS.get(record.kind, LinearSite)
+        site = self.sites[record.name] = make(
+            record.name,
+            seed=self.seed,
+            left_alone=self.schedule.reason_left_out(path),
+            held_back=held_back,
+            block=block,
+            controller=self.controller,
+        )
+        if record.name in self._pending:
+            site.load_state_dict(self._pending.pop(record.name))
 
     def find(self, token: Token, number: int) -> tuple[Site, Use, Phase]:
         """The site with this number in the graph that the token names, and what holds for it now."""
@@ -195,13 +213,19 @@ class Runtime:
 
     def state_dict(self) -> dict[str, Any]:
         sites = {name: site.state_dict() for name, site in self.sites.items()}
-        return {"seed": self.seed, "step": self.clock.step, "sites": {**self._pending, **sites}}
+        return {
+            "seed": self.seed,
+            "step": self.clock.step,
+            "sites": {**self._pending, **sites},
+            "controller": self.controller.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Sites that do not exist yet (they are made when their graph first runs) take theirs then."""
         self.seed = state["seed"]
         self.clock.step = state["step"]
         self._pending = dict(state["sites"])
+        self.controller.load_state_dict(state["controller"])
         for name, site in self.sites.items():
             site.seed = self.seed
             site.load_state_dict(self._pending.pop(name, {}))

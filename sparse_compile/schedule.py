@@ -17,17 +17,18 @@ from numbers import Integral
 from typing import Any, TypeAlias, cast
 
 from sparse_compile.checks import integer, listed, near, one_of, store, wrong
+from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 
-Method: TypeAlias = Reuse | Sample  # the union of all method classes
+Method: TypeAlias = Reuse | Sample | Adaptive  # the union of all method classes
 
 # What each field of a Schedule accepts besides None, which is the exact gradient. A further method is
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
 METHODS: dict[str, tuple[type[Method], ...]] = {
-    "linear": (Reuse, Sample),
+    "linear": (Reuse, Sample, Adaptive),
     "attention": (),
-    "blocks": (),
+    "blocks": (Sample, Adaptive),
     "saved_activations": (),
     "weight_gradients": (),
 }
@@ -39,11 +40,11 @@ class Phase:
 
     step: int
     fraction: float
-    linear: Method | None
-    attention: Method | None
-    blocks: Method | None
-    saved_activations: Method | None
-    weight_gradients: Method | None
+    linear: Reuse | Sample | Adaptive | None
+    attention: None
+    blocks: Sample | Adaptive | None
+    saved_activations: None
+    weight_gradients: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,13 @@ class Schedule:
     """Which gradients are estimated, by which method, in which modules and when.
 
     Args:
-        linear: the method for linear layers, a `Reuse` or a `Sample`. None is exact: only rows of the
-            output gradient that are exactly zero are skipped.
-        attention, blocks, saved_activations, weight_gradients: only None in this version.
+        linear: the method for linear layers: a `Reuse`, a `Sample`, or `Sample.adaptive()`. None is exact:
+            only rows of the output gradient that are exactly zero are skipped.
+        blocks: a `Sample` or `Sample.adaptive()`, for the gradients of whole samples at the ends of the
+            model's repeated blocks: one that is not drawn there is zero in every earlier block. A `keep` is
+            the share that is left behind the first block; behind block i of n (from 0) it is
+            keep^((n - i)/n).
+        attention, saved_activations, weight_gradients: only None in this version.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -66,11 +71,11 @@ class Schedule:
         ValueError: a value is not among those above, or fractions are given without `total_steps`.
     """
 
-    linear: Method | None = None
-    attention: Method | None = None
-    blocks: Method | None = None
-    saved_activations: Method | None = None
-    weight_gradients: Method | None = None
+    linear: Reuse | Sample | Adaptive | None = None
+    attention: None = None
+    blocks: Sample | Adaptive | None = None
+    saved_activations: None = None
+    weight_gradients: None = None
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
     skip_layers: int | Sequence[int] = ()
@@ -111,6 +116,17 @@ class Schedule:
         linear = Reuse(ratio, granularity="element", source="sample")
         return replace(cls.exact(**options), linear=linear)
 
+    @classmethod
+    def vcas(cls, **settings: Any) -> "Schedule":
+        """VCAS (Wang et al., ICLR 2024) with its paper's defaults: samples are dropped between the blocks
+        and rows of the weight gradients are drawn, both as far as the variance allows.
+
+        `settings` are those of `Sample.adaptive`, and the options of `exact`.
+        """
+        known = [field.name for field in fields(Adaptive)]
+        adaptive = Sample.adaptive(**{name: settings.pop(name) for name in known if name in settings})
+        return replace(cls.exact(**settings), blocks=adaptive, linear=adaptive)
+
     def fraction(self, step: int) -> float:
         """The share of training done after `step` optimizer steps, in [0, 1]; 0.0 without `total_steps`.
 
@@ -127,7 +143,9 @@ class Schedule:
             ValueError: `step` is not an int >= 0.
         """
         fraction = self.fraction(step)
-        resolved = {field: method and method.at(fraction) for field, method in self._methods().items()}
+        resolved: dict[str, Any] = {
+            field: method and method.at(fraction) for field, method in self._methods().items()
+        }
         return Phase(int(step), fraction, **resolved)
 
     def reason_left_out(self, name: str) -> str | None:

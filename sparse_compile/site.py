@@ -1,6 +1,6 @@
 """What every kind of site has: a name, a method, and the sums that the report is made of.
 
-The kinds are in files of their own: ``linear_site.py``.
+The kinds are in files of their own: ``linear_site.py``, ``block_site.py``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sparse_compile.schedule import Phase
+from sparse_compile.controller import Controller
+from sparse_compile.schedule import Phase, Schedule
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,17 +32,28 @@ class Site:
         name: the layer's module path.
         left_alone: why it is to be done densely, or None.
         held_back: why a method of the schedule is not applied and only zero rows are skipped, or None.
+        controller: the backend's, which knows the shares of adaptive sampling.
+        block: (index, count) of the repeated block of the model that it is in, or None.
         shape: as the report gives it, at the last backward; empty before the first.
         method: that of the last backward.
     """
 
     def __init__(
-        self, name: str, *, seed: int = 0, left_alone: str | None = None, held_back: str | None = None
+        self,
+        name: str,
+        *,
+        seed: int = 0,
+        left_alone: str | None = None,
+        held_back: str | None = None,
+        block: tuple[int, int] | None = None,
+        controller: Controller | None = None,
     ) -> None:
         self.name = name
         self.seed = seed
         self.left_alone = left_alone
         self.held_back = held_back
+        self.block = block
+        self.controller = controller or Controller(Schedule.exact())
         self.shape: tuple[int, ...] = ()
         self.method = "dense" if left_alone else "exact"
         self.counters = Counters()

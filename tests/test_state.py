@@ -127,7 +127,10 @@ def test_state_of_another_schedule_is_refused():
 
 @pytest.mark.parametrize(
     ("junk", "lacks"),
-    [({}, "schedule, seed, sites, step"), ({"seed": 1, "step": 2, "model": 3}, "schedule, sites")],
+    [
+        ({}, "controller, schedule, seed, sites, step"),
+        ({"seed": 1, "step": 2, "model": 3}, "controller, schedule, sites"),
+    ],
 )
 def test_state_of_something_else_is_refused(junk, lacks):
     message = f"state is no SparseBackend.state_dict(): it lacks {lacks}."

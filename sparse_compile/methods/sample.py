@@ -85,17 +85,21 @@ def systematic(p: Tensor, k: int, draw: Draw) -> Tensor:
     return order[torch.searchsorted(line, readings, right=True)].sort().values
 
 
-def rows(scores: Tensor, keep: float, clip: float | None, draw: Draw) -> Rows:
-    """Ŷ, with round(keep · N) rows of dY, or all that have a score if those are no more.
+def rows(scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
+    """Ŷ, with k rows of dY, or all that have a score if those are no more.
 
     Args:
         scores: s, [N], finite.
-        keep: share of the N rows that is drawn.
+        k: how many rows are drawn, at least 1.
         clip: cap on the weights 1 / p_i, or None.
     """
-    k = max(1, round(keep * len(scores)))
     if int(scores.count_nonzero()) <= k:
         return Rows(kept=scores.nonzero().squeeze(1))
     p = probabilities(scores, k)
     kept = systematic(p, k, draw)
     return Rows(kept, scale=(1 / p[kept]).clamp_(max=math.inf if clip is None else clip))
+
+
+def count(keep: float, total: int) -> int:
+    """How many of ``total`` are drawn: the nearest to that share, but at least one."""
+    return max(1, round(keep * total))

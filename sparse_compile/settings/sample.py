@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sparse_compile.checks import is_number, one_of, store, wrong
 from sparse_compile.phases import KeepPhases, parse_keep
+from sparse_compile.settings.adaptive import Adaptive
 
 GRADIENTS = ("both", "input", "weight")
 
@@ -29,6 +30,8 @@ class Sample:
             count once each: little variance, much bias.
         gradients: what is computed from drawn rows: "both", or only the gradient to the "input" (dX) or
             to the "weight" (dW), while the other stays exact.
+        where: only as a `Schedule.blocks`: which modules are the blocks, as a class name or a pattern of
+            module paths. None finds them: the numbered modules of the model that hold other modules.
 
     Raises:
         ValueError: a value is not among those above, or phases are out of order.
@@ -39,6 +42,7 @@ class Sample:
     keep: float | Sequence[tuple[float, float]]
     clip: float | None = None
     gradients: str = "both"
+    where: str | None = None
 
     def __post_init__(self) -> None:
         store(self, "keep", parse_keep("Sample.keep", self.keep))
@@ -47,6 +51,13 @@ class Sample:
                 raise wrong("Sample.clip", self.clip, "None or a number >= 1")
             store(self, "clip", None if self.clip == math.inf else float(self.clip))
         store(self, "gradients", one_of("Sample.gradients", self.gradients, GRADIENTS))
+        if self.where is not None and (not isinstance(self.where, str) or not self.where):
+            raise wrong("Sample.where", self.where, "None, a class name or a pattern of module paths")
+
+    @staticmethod
+    def adaptive(**settings: Any) -> Adaptive:
+        """Sampling that is controlled by its variance; the settings are those of `Adaptive`."""
+        return Adaptive(**settings)
 
     @property
     def phases(self) -> KeepPhases:

@@ -56,7 +56,7 @@ def test_one_score_that_outweighs_all_others():
 def test_exactly_k_rows_each_once_and_none_that_is_zero(k):
     s = scores()
     for seed in range(200):
-        rows = sample.rows(s, k / len(s), None, sample.Draw(str(seed)))
+        rows = sample.rows(s, k, None, sample.Draw(str(seed)))
         assert len(rows.kept) == k
         assert (rows.kept.diff() > 0).all()
         assert (s[rows.kept] > 0).all()
@@ -75,25 +75,25 @@ def test_each_row_is_drawn_with_its_own_probability():
 
 def test_all_rows_that_are_not_zero_if_they_are_few():
     s = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0, 0.0])
-    rows = sample.rows(s, 0.5, None, sample.Draw("0"))
+    rows = sample.rows(s, 3, None, sample.Draw("0"))
     assert rows.kept.tolist() == [1, 3]
     assert rows.scale is None
 
 
 def test_at_least_one_row():
-    assert len(sample.rows(torch.ones(10), 1e-9, None, sample.Draw("0")).kept) == 1
+    assert [sample.count(keep, 10) for keep in (1e-9, 0.24, 0.26, 1.0)] == [1, 2, 3, 10]
 
 
 def test_equal_seeds_draw_equal_rows():
     s = scores()
-    first, second, other = (sample.rows(s, 0.2, None, sample.Draw(seed)).kept for seed in ("a", "a", "b"))
+    first, second, other = (sample.rows(s, 8, None, sample.Draw(seed)).kept for seed in ("a", "a", "b"))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
 
 def test_clip_caps_the_weights():
     s = scores()
-    free, capped = (sample.rows(s, 0.2, clip, sample.Draw("0")) for clip in (None, 2.0))
+    free, capped = (sample.rows(s, 8, clip, sample.Draw("0")) for clip in (None, 2.0))
     assert torch.equal(free.kept, capped.kept)
     assert free.scale.max() > 2
     assert torch.equal(capped.scale, free.scale.clamp(max=2.0))
@@ -116,7 +116,7 @@ def share_recovered(clip=None, weight=1.0):
     truth = dy @ w, dy.t() @ x
     values = []
     for seed in range(DRAWS):
-        rows = sample.rows(dy.norm(dim=1), 0.3, clip, sample.Draw(str(seed)))
+        rows = sample.rows(dy.norm(dim=1), 12, clip, sample.Draw(str(seed)))
         compact = kernel.gather(dy, rows)
         distinct, index = kernel.input_gradient_of_rows(compact, w, rows, len(dy))
         ours = distinct[index], kernel.weight_gradient_of_rows(compact, x, rows, transposed=False)
@@ -147,7 +147,7 @@ def test_every_entry_of_the_mean_is_unbiased():
     truth = dy @ w
     total, squares = torch.zeros_like(truth), torch.zeros_like(truth)
     for seed in range(DRAWS):
-        rows = sample.rows(dy.norm(dim=1), 0.3, None, sample.Draw(f"entry {seed}"))
+        rows = sample.rows(dy.norm(dim=1), 12, None, sample.Draw(f"entry {seed}"))
         estimate = rows.dense(dy) @ w
         total += estimate
         squares += estimate * estimate

@@ -1,0 +1,171 @@
+"""Drop whole samples from the gradient between the blocks of a model.
+
+Why: a sample that is dropped where its gradient leaves a block stays dropped in every earlier block. All its
+rows are exactly zero there, and exact skipping leaves them out of every linear and attention below.
+
+A joint graph does not say which of its backward nodes is the gradient of which activation. So the place is
+marked before it is traced, in Dynamo's graph, where every node knows its module:
+
+    h = <last node of block i>          becomes    h = boundary(<last node of block i>, i)
+
+``boundary`` is the identity, and its derivative is an op of its own. In the joint graph the forward one is
+taken out again, and the backward one,  dH' = boundary_gradient(dH, i),  becomes
+
+    squares = Σ dH² over each sample                                        [B]
+    weights = sparse_compile.sample_weights(token, squares, site)           [B], 0 for a dropped sample
+    dH' = dH · weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from sparse_compile.passes import graph as g
+from sparse_compile.passes.linear import NO_SITE
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from sparse_compile.schedule import pattern_matches
+from sparse_compile.sites import SiteRecord
+
+aten = torch.ops.aten
+
+_BOUNDARY = "sparse_compile.boundary"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """A repeated layer of the model: its module path, relative to the compiled frame's own module."""
+
+    path: str
+    class_name: str
+
+
+def mark_blocks(gm: GraphModule, where: str | None = None) -> list[str]:
+    """Put a ``boundary`` after every block of a Dynamo graph, in place.
+
+    Args:
+        where: a class name, or a pattern of module paths (:func:`pattern_matches`), of the blocks. None finds
+            them: modules whose path ends in a number and that have modules in them.
+
+    Returns:
+        Their paths, in the order of the forward; ``boundary``'s second argument is a position in this list.
+    """
+    blocks = {node: block for node in gm.graph.nodes if (block := _block_of(node, where)) is not None}
+    ends: dict[Node, Block] = {}
+    for node, block in blocks.items():
+        if _is_hidden_state(node) and any(blocks.get(user) != block for user in node.users):
+            ends[node] = block
+    paths: list[str] = []
+    for block in dict.fromkeys(ends.values()):
+        candidates = [node for node in ends if ends[node] == block]
+        inputs = _inputs(block, blocks)
+        # The hidden state has the shape of the one that came in; what else leaves a block (a position bias,
+        # an attention map) has not.
+        for node in candidates if len(candidates) == 1 else [n for n in candidates if _shape(n) in inputs]:
+            _mark(gm.graph, node, len(paths), inside={n for n, b in blocks.items() if b == block})
+            paths.append(block.path)
+    gm.recompile()
+    return paths
+
+
+def _mark(graph: Graph, node: Node, number: int, inside: set[Node]) -> None:
+    with graph.inserting_after(node):
+        boundary = graph.call_function(torch.ops.sparse_compile.boundary.default, (node, number))
+    boundary.meta = dict(node.meta)
+    node.replace_all_uses_with(boundary, lambda user: user is not boundary and user not in inside)
+
+
+def _block_of(node: Node, where: str | None) -> Block | None:
+    """The outermost block that a node of a Dynamo graph is in."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    for depth, (path, kind) in enumerate(stack):
+        path = g.clean_path(path)
+        name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+        if where is None:
+            # A numbered leaf is one layer of a Sequential, not a block; a leaf holds no other module.
+            if path.rpartition(".")[2].isdigit() and depth + 1 < len(stack):
+                return Block(path, name)
+        elif name == where or pattern_matches(where, path):
+            return Block(path, name)
+    return None
+
+
+def _inputs(block: Block, blocks: dict[Node, Block]) -> set[torch.Size | None]:
+    """The shapes of what a block reads from outside."""
+    return {
+        _shape(source)
+        for node, other in blocks.items()
+        if other == block
+        for source in node.all_input_nodes
+        if blocks.get(source) != block
+    }
+
+
+def _shape(node: Node) -> torch.Size | None:
+    value = node.meta.get("example_value")
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _is_hidden_state(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return (
+        node.op.startswith("call")
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() >= 2
+    )
+
+
+def rewrite_blocks(graph: Graph, token: Node | None, paths: Sequence[str]) -> dict[Node, SiteRecord]:
+    """Take the marks out of a joint graph, and put sampling where their gradients are.
+
+    Args:
+        token: the graph's ``begin`` node; None for a graph that has no gradient.
+        paths: what :func:`mark_blocks` returned.
+
+    Returns:
+        The ops that were inserted, and the record of each.
+    """
+    ops: dict[Node, SiteRecord] = {}
+    for node in [n for n in graph.nodes if str(n.target).startswith(_BOUNDARY)]:
+        if node.target is torch.ops.sparse_compile.boundary_gradient.default and token is not None:
+            op, result = _sample(graph, node, token)
+            ops[op] = SiteRecord(
+                name=paths[int(node.args[1])],  # type: ignore[call-overload]
+                kind="block",
+                shape=g.sizes(g.shape_of(node)),
+                flops_forward=0,
+                flops_backward=0,
+                rewritten=True,
+            )
+        else:
+            result = node.args[0]
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    return ops
+
+
+def _sample(graph: Graph, node: Node, token: Node) -> tuple[Node, Node]:
+    gradient: Node = node.args[0]  # type: ignore[assignment]
+    value = gradient.meta["val"]
+    with graph.inserting_before(node):
+        wide = gradient
+        if value.dtype in (torch.float16, torch.bfloat16):
+            wide = g.call(graph, torch.ops.prims.convert_element_type.default, wide, torch.float32, like=node)
+        square = g.call(graph, aten.mul.Tensor, wide, wide, like=node)
+        squares = g.call(graph, aten.sum.dim_IntList, square, list(range(1, value.dim())), like=node)
+        op = g.call(
+            graph, torch.ops.sparse_compile.sample_weights.default, token, squares, NO_SITE, like=node
+        )
+        weights = op
+        if weights.meta["val"].dtype != value.dtype:
+            weights = g.call(
+                graph, torch.ops.prims.convert_element_type.default, weights, value.dtype, like=node
+            )
+        for dim in range(1, value.dim()):
+            weights = g.call(graph, aten.unsqueeze.default, weights, dim, like=node)
+        result = g.call(graph, aten.mul.Tensor, gradient, weights, like=node)
+    return op, result

@@ -1,0 +1,225 @@
+"""Decides, while a model trains, how much of its gradients is sampled: VCAS's controller at work.
+
+Every ``cal_var_freq`` steps is a *measurement*: its backward is exact, and every site reports what it sees.
+
+    BlockSite  ─► observe_samples(name, norms)          from the last block to the first
+    LinearSite ─► observe_rows(name, dY, X, dW)         after the block that it is in
+    Clock      ─► end_of_step()                         new shares, from all of that
+
+What is measured and decided is said in ``methods/vcas.py``. There are no extra passes, and a weight's
+variance is that of rows drawn after samples were dropped: one drop is drawn for it at each block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.methods import sample, vcas
+from sparse_compile.schedule import Schedule
+from sparse_compile.settings.adaptive import Adaptive
+
+
+@dataclasses.dataclass(slots=True)
+class Block:
+    """What was seen behind one block, each [B]: the gradient norms of the samples, the probabilities with
+    which they would be drawn, and the weights 1 / p or 0 of one such draw."""
+
+    norms: Tensor
+    p: Tensor
+    weights: Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Weight:
+    """What was seen of one weight gradient.
+
+    Attributes:
+        squares: ‖g_b‖² of each sample, [B].
+        sgd: its SGD variance.
+        act: the variance that dropping samples would add.
+        rows: the variance that drawing rows would add.
+        share: the smallest share of rows that would add little enough (only where shares are solved for).
+        block: name of the block whose samples are dropped, or None.
+    """
+
+    squares: Tensor
+    sgd: float
+    act: float
+    rows: float
+    share: float
+    block: str | None
+
+
+class Controller:
+    """Shares of samples and rows for all sites of one backend.
+
+    Attributes:
+        s: the share of the gradient norm that the kept samples carry.
+        history: one entry for each measurement: step, s, the variances and the shares.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        blocks, linear = schedule.blocks, schedule.linear
+        self.blocks = blocks if isinstance(blocks, Adaptive) else None
+        self.linear = linear if isinstance(linear, Adaptive) else None
+        self.s = 1.0
+        self.history: list[dict[str, Any]] = []
+        self._sample_shares: dict[str, float] = {}
+        self._row_shares: dict[str, float] = {}
+        self._seen_blocks: dict[str, Block] = {}
+        self._seen_weights: dict[str, Weight] = {}
+
+    @property
+    def active(self) -> bool:
+        return self.blocks is not None or self.linear is not None
+
+    def measures(self, step: int) -> bool:
+        """Whether the backward of this step is a measurement."""
+        setting = self.blocks or self.linear
+        return setting is not None and step % setting.cal_var_freq == 0
+
+    def sample_share(self, name: str) -> float:
+        """The share of the samples that goes on behind a block."""
+        return self._sample_shares.get(name, 1.0)
+
+    def row_share(self, name: str) -> float:
+        """The share of the rows that are not zero from which a weight gradient is computed."""
+        return self._row_shares.get(name, 1.0)
+
+    def observe_samples(self, name: str, norms: Tensor, draw: sample.Draw) -> None:
+        """The gradient norms behind a block, [B]. Only the first batch of a step is looked at."""
+        if self.blocks is None or name in self._seen_blocks or not bool(norms.any()):
+            return
+        k = sample.count(self.sample_share(name), len(norms))
+        p = sample.probabilities(norms, k)
+        weights = torch.zeros_like(p)
+        kept = sample.systematic(p, min(k, int((p > 0).sum())), draw)
+        weights[kept] = 1 / p[kept]
+        self._seen_blocks[name] = Block(norms, p, weights)
+
+    def observe_rows(self, name: str, dy: Tensor, x: Tensor, dw: Tensor, tokens: int) -> None:
+        """The backward of a weight: dY [N, O], X [N, I] and its exact gradient, of any shape."""
+        samples = len(dy) // tokens
+        if name in self._seen_weights or samples < 2 or len(dy) % tokens:
+            return
+        wide = sample.wide(dy.dtype)
+        dy, x, dw = dy.to(wide), x.to(wide), dw.to(wide)
+        squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1))
+        sgd = vcas.sgd_variance(squares, float(dw.square().sum()))
+        if not math.isfinite(sgd):  # an overflow under mixed precision, whose step will be skipped
+            return
+        block = next(reversed(self._seen_blocks), None)
+        act = 0.0
+        if block is not None and len(self._seen_blocks[block].p) == samples:
+            seen = self._seen_blocks[block]
+            act = vcas.sampling_variance(squares, seen.p, dy, x)
+            dy = dy * seen.weights.repeat_interleave(tokens).to(dy).unsqueeze(1)
+        rows, share = self._measure_rows(name, dy, x, sgd)
+        self._seen_weights[name] = Weight(squares, sgd, act, rows, share, block)
+
+    def _measure_rows(self, name: str, dy: Tensor, x: Tensor, sgd: float) -> tuple[float, float]:
+        """The variance that drawing rows adds at the present share, and the smallest share that may be."""
+        if self.linear is None:
+            return 0.0, 1.0
+        squares = vcas.row_squares(dy, x)
+        live = int(squares.count_nonzero())
+        if live == 0:
+            return 0.0, 1.0
+
+        def p(share: float) -> Tensor:
+            return sample.probabilities(squares.sqrt(), sample.count(share, live))
+
+        rows = vcas.sampling_variance(squares, p(self.row_share(name)), dy, x)
+        share = 1.0
+        if self.linear.update == "solve":
+            allowed = self.linear.weight_tau * sgd
+            while share * live > 1 and (
+                vcas.flips_variance(squares, p(share * self.linear.ratio_step)) <= allowed
+            ):
+                share *= self.linear.ratio_step
+        return rows, share
+
+    def end_of_step(self, step: int) -> None:
+        """New shares, if the step that ends was a measurement."""
+        if not self._seen_weights:
+            return
+        blocks, weights = self._seen_blocks, self._seen_weights
+        self._seen_blocks, self._seen_weights = {}, {}
+        sgd = sum(weight.sgd for weight in weights.values())
+        act = sum(weight.act for weight in weights.values())
+        if self.blocks is not None and blocks:
+            self._renew_samples(self.blocks, blocks, list(weights.values()), act, sgd)
+        if self.linear is not None:
+            for name, weight in weights.items():
+                self._row_shares[name] = self._next_row_share(self.linear, name, weight)
+        self.history.append(
+            {
+                "step": step,
+                "s": self.s,
+                "sgd_variance": sgd,
+                "act_variance": act,
+                "weight_variance": sum(weight.rows for weight in weights.values()),
+                "sample_shares": dict(self._sample_shares),
+                "row_shares": dict(self._row_shares),
+            }
+        )
+
+    def _renew_samples(
+        self, setting: Adaptive, blocks: dict[str, Block], weights: list[Weight], act: float, sgd: float
+    ) -> None:
+        names = list(reversed(blocks))  # from the first block to the last
+        norms = [blocks[name].norms for name in names]
+
+        def shares(s: float) -> dict[str, float]:
+            return dict(zip(names, vcas.monotone([vcas.share_of_norm(n, s) for n in norms]), strict=True))
+
+        if setting.update == "solve":
+            self.s = 1.0
+            while self.s > setting.s_step and (
+                _dropping(blocks, weights, shares(self.s - setting.s_step)) <= setting.act_tau * sgd
+            ):
+                self.s -= setting.s_step
+        else:
+            self.s = vcas.next_s(self.s, act, sgd, tau=setting.act_tau, step=setting.s_step)
+        for name, share in shares(self.s).items():
+            old = self._sample_shares.get(name, 1.0)
+            self._sample_shares[name] = setting.smoothing * old + (1 - setting.smoothing) * share
+
+    def _next_row_share(self, setting: Adaptive, name: str, weight: Weight) -> float:
+        if setting.update == "solve":
+            return weight.share
+        return vcas.next_weight_share(
+            self.row_share(name), weight.rows, weight.sgd, tau=setting.weight_tau, step=setting.ratio_step
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "s": self.s,
+            "history": list(self.history),
+            "sample_shares": dict(self._sample_shares),
+            "row_shares": dict(self._row_shares),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.s = state["s"]
+        self.history = list(state["history"])
+        self._sample_shares = dict(state["sample_shares"])
+        self._row_shares = dict(state["row_shares"])
+
+
+def _dropping(blocks: dict[str, Block], weights: list[Weight], shares: dict[str, float]) -> float:
+    """The variance that dropping samples down to ``shares`` would add to all weights, at most."""
+    p = {
+        name: sample.probabilities(block.norms, sample.count(shares[name], len(block.norms)))
+        for name, block in blocks.items()
+    }
+    return sum(
+        vcas.flips_variance(weight.squares, p[weight.block])
+        for weight in weights
+        if weight.block is not None and len(p[weight.block]) == len(weight.squares)
+    )
