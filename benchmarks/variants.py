@@ -7,6 +7,7 @@ reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance re
 sample:K[/WORD...]    sparse_compile, Schedule(linear=Sample(K)); WORD is clip=C, input or weight
 blocks-sample:K, …    the same for another field of the schedule; join several by +, for instance
                       blocks-sample:0.5+sample:0.25/weight
+vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
 """
@@ -31,7 +32,8 @@ FIELDS = ("linear", "attention", "blocks")
 ALLOWED = (
     "exact, [FIELD-]reuse:RATIO[/row|element|mean|sample|refresh=K],"
     " [FIELD-]sample:KEEP[/clip=C|input|weight]"
-    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), eager, eager-resprop:RATIO"
+    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), vcas[/solve|freq=N|tau=T], eager,"
+    " eager-resprop:RATIO"
 )
 
 
@@ -77,6 +79,9 @@ def _parse_variant(name: str) -> Variant:
         return Variant(name=name, kind="eager")
     if name == "exact":
         return Variant(name=name, kind="sparse")
+    if name.partition("/")[0] == "vcas":
+        adaptive = {"method": "adaptive", **dict(_vcas_option(name, word) for word in name.split("/")[1:])}
+        return Variant(name=name, kind="sparse", schedule={"blocks": adaptive, "linear": adaptive})
     if name.startswith("eager-resprop:"):
         ratio = _number(name, name.partition(":")[2])
         if not 0.0 <= ratio < 1.0:
@@ -116,6 +121,17 @@ def _reuse_option(name: str, word: str) -> tuple[str, str | int]:
     key, _, count = word.partition("=")
     if key == "refresh" and count.isdigit() and int(count) > 0:
         return "refresh_every", int(count)
+    raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
+
+
+def _vcas_option(name: str, word: str) -> tuple[str, str | float]:
+    key, _, value = word.partition("=")
+    if word == "solve":
+        return "update", word
+    if key == "freq" and value.isdigit():
+        return "cal_var_freq", int(value)
+    if key == "tau":
+        return "act_tau", _number(name, value)
     raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
 
 

@@ -76,11 +76,15 @@ class Report:
         step: optimizer steps taken.
         schedule: of the backend.
         sites: one for each layer, in the order of the graphs.
+        history: what adaptive sampling measured and decided, one entry for each measurement: ``step``, ``s``,
+            ``sgd_variance``, ``act_variance``, ``weight_variance``, and ``sample_shares`` and ``row_shares``
+            by site. Empty for other schedules.
     """
 
     step: int
     schedule: Schedule
     sites: tuple[SiteReport, ...]
+    history: tuple[dict[str, Any], ...] = ()
 
     @property
     def totals(self) -> dict[str, float]:
@@ -99,6 +103,7 @@ class Report:
             "schedule": self.schedule.to_dict(),
             "sites": [{**site.to_dict(), "shape": list(site.shape)} for site in self.sites],
             "totals": self.totals,
+            "history": list(self.history),
         }
 
     def __str__(self) -> str:
@@ -118,11 +123,12 @@ class Report:
 
     def _title(self) -> str:
         totals = self.totals
+        last = f"; s = {self.history[-1]['s']:.2f}" if self.history else ""
         return (
             f"step {self.step}: {totals['rewritten']} of {totals['sites']} sites rewritten; "
             f"{totals['flops'] / 1e9:.3f} of {totals['flops_dense'] / 1e9:.3f} GFLOP a step "
             f"({totals['flops_saved']:.0%} saved; backward "
-            f"{totals['flops_backward'] / 1e9:.3f} of {totals['flops_backward_dense'] / 1e9:.3f})"
+            f"{totals['flops_backward'] / 1e9:.3f} of {totals['flops_backward_dense'] / 1e9:.3f}){last}"
         )
 
 
@@ -146,7 +152,12 @@ def make_report(schedule: Schedule, runtime: Runtime) -> Report:
         _site_report(name, records, runtime.sites.get(name), runtime)
         for name, records in runtime.records.items()
     )
-    return Report(step=runtime.clock.step, schedule=schedule, sites=sites + _never_compiled(runtime))
+    return Report(
+        step=runtime.clock.step,
+        schedule=schedule,
+        sites=sites + _never_compiled(runtime),
+        history=tuple(runtime.controller.history),
+    )
 
 
 def _never_compiled(runtime: Runtime) -> tuple[SiteReport, ...]:
