@@ -64,7 +64,7 @@ def probabilities(scores: Tensor, k: int) -> Tensor:
     room = k - torch.arange(len(s), dtype=s.dtype, device=s.device)
     fits = room * descending <= rest
     certain = int(fits.to(torch.uint8).argmax()) if bool(fits.any()) else len(s)
-    if certain >= min(k, len(s)):
+    if certain >= min(k, len(s)) or rest[certain] == 0:  # nothing is left to chance
         return (s >= descending[min(k, len(s)) - 1]).double() * (s > 0)
     return (s * (room[certain] / rest[certain])).clamp_(max=1.0)
 

@@ -42,8 +42,9 @@ def test_probabilities_of_equal_scores():
     assert torch.equal(sample.probabilities(torch.full((8,), 3.0), 2), torch.full((8,), 0.25, dtype=F64))
 
 
-def test_no_more_scores_than_rows_to_draw():
-    p = sample.probabilities(torch.tensor([0.0, 2.0, 1e-9, 0.0, 5.0]), 3)
+@pytest.mark.parametrize("k", [3, 4, 5, 9])
+def test_no_more_scores_than_rows_to_draw(k):
+    p = sample.probabilities(torch.tensor([0.0, 2.0, 1e-9, 0.0, 5.0]), k)
     assert p.tolist() == [0, 1, 1, 0, 1]
 
 
