@@ -6,9 +6,9 @@ linear are recorded. Each estimator then draws its gradient many times from the 
     bias²       ‖E[Ĝ] − G‖²,  variance  E‖Ĝ − E[Ĝ]‖²,  both summed over the layers
     SGD         the variance of G itself over batches (methods/vcas.py), which both are to be held against
 
-`top` keeps the largest rows as they are, `clip=c` caps the weights at c, `unbiased` has no cap, `flips` draws by
-independent coin flips (VCAS), `in order` reads the rows in the order of the tokens instead of a random one, and
-`residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse.
+`top` keeps the largest rows as they are, `clip=c` caps the weights at c, `unbiased` has no cap, `flips` draws
+by independent coin flips (VCAS), `in order` reads the rows in the order of the tokens instead of a random one,
+and `residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse.
 """
 
 from __future__ import annotations
@@ -167,18 +167,12 @@ def main(
         sgd = sum(_sgd_variance(record) for record in records)
         for share in shares:
             for name, estimator in tqdm(estimators().items(), desc=f"step {step}, keep {share}", leave=False):
-                bias, variance = _errors(records, share, estimator, draws)
+                bias, variance = (e / sgd for e in _errors(records, share, estimator, draws))
                 found.append(
-                    {
-                        "step": step,
-                        "keep": share,
-                        "estimator": name,
-                        "bias": bias / sgd,
-                        "variance": variance / sgd,
-                    }
+                    {"step": step, "keep": share, "estimator": name, "bias": bias, "variance": variance}
                 )
-                row = (found[-1]["bias"], found[-1]["variance"], (bias + variance) / sgd)
-                table.add_row(str(step), f"{share:g}", name, *(f"{value:.3f}" for value in row))
+                numbers = (f"{value:.3f}" for value in (bias, variance, bias + variance))
+                table.add_row(str(step), f"{share:g}", name, *numbers)
     console.print(table)
     path = json_out or Path(__file__).parent / "results" / f"gradient_error_{preset}.json"
     run = {"preset": preset, "draws": draws, "lr": lr}
