@@ -7,7 +7,7 @@ linear are recorded. Each estimator then draws its gradient many times from the 
     SGD         the variance of G itself over batches (methods/vcas.py), which both are to be held against
 
 `top` keeps the largest rows as they are, `clip=c` caps the weights at c, `unbiased` has no cap, `flips` draws
-by independent coin flips (VCAS), `in order` reads the rows in the order of the tokens instead of a random one,
+by independent coin flips (VCAS), `in order` reads the rows in the order of the tokens, not in a random one,
 and `residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse.
 """
 
