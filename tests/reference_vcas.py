@@ -94,6 +94,27 @@ def variance_of_rows(dy: Tensor, x: Tensor, q: list[float]) -> float:
     return total
 
 
+def variance_of_batches(gradients: list[Tensor]) -> float:
+    """What the gradients g_b of B samples say of the variance of their sum over batches."""
+    batch = len(gradients)
+    mean = sum(gradients[1:], gradients[0]) / batch
+    one = sum(float((g - mean).square().sum()) for g in gradients) / (batch - 1)
+    return batch * one
+
+
+def variance_of_fixed_size(gradients: list[Tensor], p: list[float]) -> float:
+    """Hájek's: what drawing Σ p of the items, never more nor fewer, adds to the sum of their gradients.
+
+    Each is compared with what all of them share, Σ (1 − p) g / Σ p (1 − p), times its p.
+    """
+    drawn = [(g, q) for g, q in zip(gradients, p, strict=True) if 0 < q < 1]
+    if not drawn:
+        return 0.0
+    spread = sum(q * (1 - q) for _, q in drawn)
+    common = sum(((1 - q) * g for g, q in drawn), torch.zeros_like(gradients[0])) / spread
+    return sum((1 - q) / q * float((g - q * common).square().sum()) for g, q in drawn)
+
+
 class SampledBoundary(torch.autograd.Function):
     """SampleA: in the backward, draw samples by their norms, and remember the norms."""
 

@@ -107,8 +107,8 @@ def empirical(dy, x, p, k):
 
 
 # Hájek's formula is right for large Σ p (1 − p), with a relative error of the order of its reciprocal; here
-# that is 3 to 4 and the formula is 3 to 7 % low. The draws add 1 % of standard error. Without its second term, as
-# for coin flips, it is 1.3 to 6 times the truth wherever the items share a direction.
+# that is 3 to 4, and the formula 3 to 7 % low. The draws add 1 % of standard error. Without its second term,
+# as for coin flips, it is 1.3 to 6 times the truth wherever the items share a direction.
 HAJEK = 0.1
 
 
