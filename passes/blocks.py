@@ -53,7 +53,10 @@ def mark_blocks(gm: GraphModule, where: str | None = None) -> list[str]:
     Returns:
         Their paths, in the order of the forward; ``boundary``'s second argument is a position in this list.
     """
-    blocks = {node: block for node in gm.graph.nodes if (block := _block_of(node, where)) is not None}
+    # What a block computes in its own forward (a residual sum, say) is in no module below it; so which
+    # modules hold others is asked of the whole graph.
+    holders = {path for node in gm.graph.nodes for path, _ in _modules_of(node)[:-1]}
+    blocks = {n: block for n in gm.graph.nodes if (block := _block_of(n, where, holders)) is not None}
     ends: dict[Node, Block] = {}
     for node, block in blocks.items():
         if _is_hidden_state(node) and any(blocks.get(user) != block for user in node.users):
@@ -78,15 +81,21 @@ def _mark(graph: Graph, node: Node, number: int, inside: set[Node]) -> None:
     node.replace_all_uses_with(boundary, lambda user: user is not boundary and user not in inside)
 
 
-def _block_of(node: Node, where: str | None) -> Block | None:
-    """The outermost block that a node of a Dynamo graph is in."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    for depth, (path, kind) in enumerate(stack):
-        path = g.clean_path(path)
-        name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+def _modules_of(node: Node) -> list[tuple[str, str]]:
+    """(path, class name) of the modules that a node of a Dynamo graph was run in, the outermost first."""
+    return [
+        (g.clean_path(path), kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2])
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values()
+    ]
+
+
+def _block_of(node: Node, where: str | None, holders: set[str]) -> Block | None:
+    """The outermost block that a node of a Dynamo graph is in; ``holders`` are paths of modules with others
+    in them."""
+    for path, name in _modules_of(node):
         if where is None:
-            # A numbered leaf is one layer of a Sequential, not a block; a leaf holds no other module.
-            if path.rpartition(".")[2].isdigit() and depth + 1 < len(stack):
+            # A numbered leaf is one layer of a Sequential, not a block.
+            if path.rpartition(".")[2].isdigit() and path in holders:
                 return Block(path, name)
         elif name == where or pattern_matches(where, path):
             return Block(path, name)

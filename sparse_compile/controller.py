@@ -110,9 +110,10 @@ class Controller:
         wide = sample.wide(dy.dtype)
         dy, x, dw = dy.to(wide), x.to(wide), dw.to(wide)
         squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1))
-        sgd = vcas.sgd_variance(squares, float(dw.square().sum()))
-        if not math.isfinite(sgd):  # an overflow under mixed precision, whose step will be skipped
-            return
+        total = float(dw.square().sum())
+        if not math.isfinite(total) or not bool(squares.isfinite().all()):
+            return  # an overflow under mixed precision, whose step will be skipped
+        sgd = vcas.sgd_variance(squares, total)
         block = next(reversed(self._seen_blocks), None)
         act = 0.0
         if block is not None and len(self._seen_blocks[block].p) == samples:
