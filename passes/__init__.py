@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from sparse_compile.passes import graph as g
-from sparse_compile.passes.attention import record_attentions
+from sparse_compile.passes.attention import rewrite_attentions
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from torch.fx import Graph
@@ -45,7 +45,7 @@ def rewrite(graph: Graph, parameters: dict[int, str], linears: Sequence[str] = (
 
     ops = rewrite_linears(graph, token=token, below=below, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
-    record_attentions(graph, records)
+    ops |= rewrite_attentions(graph, token=token, records=records)
     # Last: it lists what none of the others recognised.
     record_leftovers(graph, below=below, called=linears, records=records)
 

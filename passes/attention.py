@@ -1,10 +1,17 @@
-"""Find the attentions of a joint graph. They are named and listed in the report; none is rewritten yet.
+"""Find every attention and put an op of ours in the place of its backward.
 
-An attention reaches the joint graph either as one fused op,
+Why: query rows whose output gradient is zero, or estimated, need not be computed again. In its first form an
+attention reaches the joint graph as one fused op, whose backward is another:
 
-    o, … = _scaled_dot_product_flash_attention_for_cpu(Q, K, V, …)      (or _efficient_, _cudnn_, …)
+    forward    O, L, … = _scaled_dot_product_flash_attention_for_cpu(Q, K, V, …)
+    backward   dQ, dK, dV = _scaled_dot_product_flash_attention_for_cpu_backward(dO, Q, K, V, O, L, …)
 
-or, with dropout on CPU or ``attn_implementation="eager"``, as a chain inside one module:
+becomes
+
+    backward   dQ, dK, dV = sparse_compile.fused_attention_backward(token, site, dO, Q, K, V, O, L, …)
+
+The fused ops of other devices (_flash_, _efficient_, _cudnn_, …) and FlexAttention are named in the report
+and left alone. The second form, with dropout on CPU or ``attn_implementation="eager"``, is a chain:
 
     S = bmm(Q, Kᵀ);  A = softmax(S · s + mask);  O = bmm(A, V)
 """
@@ -12,15 +19,16 @@ or, with dropout on CPU or ``attn_implementation="eager"``, as a chain inside on
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections import Counter
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.linear import NO_SITE, NoMatch
 from torch.fx import Graph, Node
 
 from sparse_compile.sites import SiteRecord
-
-LEFT_ALONE = "the backward of attention is not rewritten in this version"
 
 aten = torch.ops.aten
 
@@ -28,10 +36,35 @@ aten = torch.ops.aten
 _SOFTMAX = (aten._softmax.default, aten._safe_softmax.default, aten.exp.default)
 
 
-def record_attentions(graph: Graph, records: list[SiteRecord]) -> None:
-    """Append a record for every fused attention, and turn the records of the products of an unfused one
-    into a single record of kind ``"attention"``."""
-    records.extend(_fused(node) for node in graph.nodes if _is_fused_attention(node))
+def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) -> dict[Node, SiteRecord]:
+    """Rewrite the attentions of a joint graph, append a record of each fused one, and turn the records of the
+    products of an unfused one into a single record of kind ``"attention"``.
+
+    Args:
+        graph: the joint graph, changed in place.
+        token: its ``begin`` node.
+        records: the graph's manifest, so far.
+
+    Returns:
+        The ops that were inserted, and the record of each. Their site numbers are not set yet.
+    """
+    ops: dict[Node, SiteRecord] = {}
+    calls: Counter[str] = Counter()
+    for forward in [node for node in graph.nodes if _is_fused_attention(node)]:
+        try:
+            backward = match_fused(forward)
+        except NoMatch as why:
+            records.append(_record_fused(forward, reason=str(why)))
+            continue
+        name = g.module_path(forward)
+        records.append(_record_fused(forward, call=calls[name]))
+        calls[name] += 1
+        ops[rewrite_fused(graph, backward, token=token)] = records[-1]
+    _record_chains(graph, records)
+    return ops
+
+
+def _record_chains(graph: Graph, records: list[SiteRecord]) -> None:
     loose = Counter(record.name for record in records if record.kind == "matmul" and len(record.shape) == 3)
     softmaxes = {g.module_path(node) for node in graph.nodes if node.target in _SOFTMAX}
     for name in (name for name, count in loose.items() if count >= 2 and _holds(name, softmaxes)):
@@ -42,7 +75,7 @@ def record_attentions(graph: Graph, records: list[SiteRecord]) -> None:
             shape=chain[-1].shape,
             flops_forward=sum(record.flops_forward for record in chain),
             flops_backward=sum(record.flops_backward for record in chain),
-            reason=LEFT_ALONE,
+            reason="its backward is a chain of products, which is not rewritten",
         )
         for record in chain[1:]:
             records.remove(record)
@@ -54,24 +87,61 @@ def _holds(module: str, paths: set[str]) -> bool:
 
 
 def _is_fused_attention(node: Node) -> bool:
-    if g.is_backward(node):
-        return False
-    name = getattr(node.target, "__name__", str(node.target))
-    return "scaled_dot_product" in name or name == "flex_attention"
+    return not g.is_backward(node) and ("scaled_dot_product" in _op_name(node) or _is_flex(node))
 
 
-def _fused(node: Node) -> SiteRecord:
-    query, key = (g.sizes(g.shape_of(operand)) for operand in node.args[:2])  # type: ignore[arg-type]
-    *batch_and_heads, queries, width = query
-    flops = 4 * queries * key[-2] * width  # Q·Kᵀ and A·V
-    for size in batch_and_heads:
-        flops *= size
+def _is_flex(node: Node) -> bool:
+    return _op_name(node) == "flex_attention"
+
+
+def _op_name(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+
+
+def match_fused(forward: Node) -> Node:
+    """The node of the backward of a fused attention.
+
+    Raises:
+        NoMatch: with the reason, if our op cannot stand in for it.
+    """
+    if _is_flex(forward):
+        raise NoMatch("the backward of FlexAttention is generated from its score function and not rewritten")
+    if forward.target is not aten._scaled_dot_product_flash_attention_for_cpu.default:
+        raise NoMatch(f"the backward of the op {_op_name(forward)} is not rewritten in this version")
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    for node in forward.graph.find_nodes(op="call_function", target=backward):
+        logsumexp, _ = g.strip_transposes(node.args[5])
+        if logsumexp.target is operator.getitem and logsumexp.args[0] is forward:
+            return node
+    raise NoMatch("no gradient flows through it")
+
+
+def rewrite_fused(graph: Graph, backward: Node, *, token: Node) -> Node:
+    """Replace the backward of a fused attention by one ``fused_attention_backward`` op, and return it."""
+    *tensors, _, causal = backward.args
+    mask, scale = backward.kwargs.get("attn_mask"), backward.kwargs.get("scale")
+    with graph.inserting_before(backward):
+        gradients = g.call(
+            graph,
+            torch.ops.sparse_compile.fused_attention_backward.default,
+            *(token, NO_SITE, *tensors, causal, mask, scale),
+            like=backward,
+        )
+    backward.replace_all_uses_with(gradients)
+    graph.erase_node(backward)
+    return gradients
+
+
+def _record_fused(forward: Node, *, call: int = 0, reason: str = "") -> SiteRecord:
+    query, key = (g.sizes(g.shape_of(operand)) for operand in forward.args[:2])  # type: ignore[arg-type]
+    flops = 4 * math.prod(query) * key[-2]  # Q·Kᵀ and A·V
     return SiteRecord(
-        name=g.module_path(node),
+        name=g.module_path(forward),
         kind="attention",
         shape=query,
         flops_forward=flops,
-        flops_backward=5 * flops // 2,  # the two products again, dV, dA, dQ, dK: S is recomputed
-        rewritten=False,
-        reason=LEFT_ALONE,
+        flops_backward=5 * flops // 2,  # S again, dV, dA, dQ, dK
+        rewritten=not reason,
+        reason=reason,
+        call=call,
     )

@@ -13,6 +13,10 @@
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
     of dX need never be written. Rows that the index does not name hold anything.
 
+``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
+    the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
+    Q, O [B, H, T, D], K, V [B, H, U, D], log-sum-exp [B, H, T]; see ``passes/attention.py``.
+
 Ratios, bases and counters are looked up when an op runs, so nothing that changes from step to step is in
 the graph, and both ops are opaque to Inductor. They are not pure: a backend that is not running (an
 exported graph, say) gets the token (-1, -1, -1), with which a linear is done by exact skipping alone.
@@ -24,6 +28,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile import runtime
+from sparse_compile.attention_site import AttentionSite
+from sparse_compile.kernels.attention import Fused
+from sparse_compile.kernels.attention import empty as empty_heads
 from sparse_compile.linear_site import LinearSite
 
 _library = torch.library.Library("sparse_compile", "DEF")
@@ -34,6 +41,11 @@ _library.define(
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
     " bool dw_transposed) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -63,6 +75,25 @@ def _linear_backward(
     return rows, index, dy.new_empty(0) if dw is None else dw
 
 
+@torch.library.impl(_library, "fused_attention_backward", "CompositeExplicitAutograd")
+def _fused_attention_backward(
+    token: Tensor,
+    site: int,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, _, _ = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
+    assert isinstance(attention, AttentionSite)
+    return attention.fused_backward(do, Fused(q, k, v, out, lse, mask, causal, scale))
+
+
 @torch.library.register_fake("sparse_compile::begin")
 def _begin_fake(anchor: Tensor, manifest: str) -> Tensor:
     return torch.empty(3, dtype=torch.int64, device="cpu")
@@ -78,3 +109,10 @@ def _linear_backward_fake(
         return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
     return rows, index, dy.new_empty(shape)
+
+
+@torch.library.register_fake("sparse_compile::fused_attention_backward")
+def _fused_attention_backward_fake(
+    token: Tensor, site: int, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_heads(q), empty_heads(k), empty_heads(v)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_compile import naming
+from sparse_compile.attention_site import AttentionSite
 from sparse_compile.clock import Clock
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
@@ -169,7 +170,7 @@ class Runtime:
                 held_back = self._in_skipped_block(path, root, paths)
                 if held_back is None and record.flops_backward < _NEGLIGIBLE * total:
                     held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
-                self._add_site(record.name, path, held_back)
+                self._add_site(record, path, held_back)
             sites.append(self.sites[record.name])
         return sites
 
@@ -179,9 +180,10 @@ class Runtime:
             return None
         return f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
 
-    def _add_site(self, name: str, path: str, held_back: str | None) -> None:
-        left_alone = self.schedule.reason_left_out(path)
-        site = self.sites[name] = LinearSite(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
+    def _add_site(self, record: SiteRecord, path: str, held_back: str | None) -> None:
+        name, left_alone = record.name, self.schedule.reason_left_out(path)
+        kind = AttentionSite if record.kind == "attention" else LinearSite
+        site = self.sites[name] = kind(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
         if name in self._pending:
             site.load_state_dict(self._pending.pop(name))
 

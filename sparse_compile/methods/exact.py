@@ -40,6 +40,16 @@ def live_rows(dy: Tensor) -> Tensor | None:
     return None if bool(live.all()) else live
 
 
+def live_queries(do: Tensor) -> Tensor | None:
+    """Which query rows of ``do`` [B, H, T, D] hold anything but zeros in any head: bool [B, T], or None if
+    all of them do."""
+    if bool((do[:, 0, :, :_PROBE_COLUMNS] != 0).any(-1).all()):
+        return None
+    b, h, t, d = do.shape
+    live = live_rows(do.transpose(1, 2).reshape(b * t, h * d))
+    return None if live is None else live.view(b, t)
+
+
 def skip_pays(skipped: int, rows: int, inputs: int, outputs: int) -> bool:
     """Whether gathering and scattering rows costs less than the products of the skipped ones.
 
@@ -48,6 +58,15 @@ def skip_pays(skipped: int, rows: int, inputs: int, outputs: int) -> bool:
     """
     moved = 80 * ((rows - skipped) * (outputs + inputs) + rows * inputs)
     return 4 * skipped * inputs * outputs > moved
+
+
+def skip_pays_in_attention(computed: int, rows: int, keys: int) -> bool:
+    """Whether gathering ``computed`` of all the query rows costs less than computing the others.
+
+    A row that is skipped saves five products with every key, 10 FLOPs for each feature; one that is computed
+    has four numbers for each feature to be moved, and every row one. (Costs as in :func:`skip_pays`.)
+    """
+    return 10 * keys * (rows - computed) > 80 * (4 * computed + rows)
 
 
 def rows(live: Tensor) -> Rows:

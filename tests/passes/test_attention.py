@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_compile.passes.attention import LEFT_ALONE
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
 from tracing import Model, layer, trace, value
@@ -68,13 +67,12 @@ def test_attention_is_one_record_under_its_modules_name(core: Any, shape: Any, d
     model = Model(lambda m, x: m.two(m.one(x)), one=Attention(core), two=Attention(core))
     found = trace(model, value(SAMPLES, TOKENS, FEATURES), decompositions=decompositions, rtol=1e-10)
     assert [linear.name for linear in found.linears] == ["one.qkv", "one.out", "two.qkv", "two.out"]
-    others = [record for record in found.records if not record.rewritten]
-    assert [(r.name, r.kind, r.shape, r.reason) for r in others] == [
-        (name, "attention", shape, LEFT_ALONE) for name in ("one", "two")
-    ]
-    assert {record.flops_forward for record in others} == {2 * PRODUCT}
+    attentions = [record for record in found.records if record.kind == "attention"]
+    assert [(r.name, r.shape, r.reason) for r in attentions] == [(name, shape, "") for name in ("one", "two")]
+    assert len(found.attention_ops) == 2
+    assert {record.flops_forward for record in attentions} == {2 * PRODUCT}
     # A fused op computes Q·Kᵀ again.
-    assert {record.flops_backward for record in others} == {(5 if core is fused else 4) * PRODUCT}
+    assert {record.flops_backward for record in attentions} == {(5 if core is fused else 4) * PRODUCT}
 
 
 def test_sites_keep_their_numbers_when_the_products_of_an_attention_become_one_record() -> None:

@@ -1,0 +1,60 @@
+"""An attention while it trains: finds the query rows whose gradient is zero and computes the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sparse_compile.kernels import attention as kernel
+from sparse_compile.methods import exact
+from sparse_compile.schedule import Phase
+from sparse_compile.site import Site
+
+
+class AttentionSite(Site):
+    """The backward of one attention; see :class:`Site`. Its shape is that of Q, [B, H, T, D]; a row of its
+    output gradient is that of one query of one sample, in all heads."""
+
+    def fused_backward(self, do: Tensor, forward: kernel.Fused) -> kernel.Gradients:
+        """(dQ, dK, dV) of a fused attention.
+
+        Args:
+            do: [B, H, T, D].
+            forward: what the forward left.
+        """
+        self.shape = tuple(forward.q.shape)
+        samples, _, queries, _ = self.shape
+        chosen = None if self.left_alone else exact.live_queries(do)
+        groups = [] if chosen is None else kernel.groups(chosen)
+        computed = sum(group.queries.numel() for group in groups)
+        if chosen is None or not exact.skip_pays_in_attention(
+            computed, samples * queries, keys=forward.k.shape[2]
+        ):
+            self._count(0, samples * queries, forward.k.shape[2])
+            return kernel.fused_backward(do, forward)
+        self._count(samples * queries - int(chosen.sum()), computed, forward.k.shape[2])
+        return kernel.fused_backward_of_rows(do, forward, groups)
+
+    def keep(self, phase: Phase) -> float:
+        return 1.0
+
+    def _count(self, zero: int, computed: int, keys: int) -> None:
+        samples, heads, queries, features = self.shape
+        flops = 2 * keys * heads * features  # of one row in one product
+        self.counters.backwards += 1
+        self.counters.rows += samples * queries
+        self.counters.rows_zero += zero
+        self.counters.rows_computed += computed
+        self.counters.flops_forward += 2 * flops * samples * queries
+        self.counters.flops_backward_dense += 5 * flops * samples * queries
+        self.counters.flops_backward += 5 * flops * computed
+
+    def forget(self) -> None:
+        """Nothing is remembered."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is nothing to take over."""
