@@ -11,9 +11,8 @@ becomes
     backward   dQ, dK, dV = sparse_compile.fused_attention_backward(token, site, dO, Q, K, V, O, L, …)
 
 The fused ops of other devices (_flash_, _efficient_, _cudnn_, …) and FlexAttention are named in the report
-and left alone. The second form, with dropout on CPU or ``attn_implementation="eager"``, is a chain:
-
-    S = bmm(Q, Kᵀ);  A = softmax(S · s + mask);  O = bmm(A, V)
+and left alone. The second form, with dropout on CPU or ``attn_implementation="eager"``, is a chain of two
+products with a softmax between them: ``passes/attention_chain.py``.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ from collections import Counter
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.attention_chain import find_chains, match_chain, rewrite_chain
 from sparse_compile.passes.linear import NO_SITE, NoMatch
 from torch.fx import Graph, Node
 
 from sparse_compile.sites import SiteRecord
 
 aten = torch.ops.aten
-
-# The last is what Inductor's decompositions leave of the others.
-_SOFTMAX = (aten._softmax.default, aten._safe_softmax.default, aten.exp.default)
 
 
 def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) -> dict[Node, SiteRecord]:
@@ -48,6 +45,7 @@ def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) 
     Returns:
         The ops that were inserted, and the record of each. Their site numbers are not set yet.
     """
+    products = list(g.products(graph, backward=False))  # the records so far are theirs, in the same order
     ops: dict[Node, SiteRecord] = {}
     calls: Counter[str] = Counter()
     for forward in [node for node in graph.nodes if _is_fused_attention(node)]:
@@ -60,30 +58,33 @@ def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) 
         records.append(_record_fused(forward, call=calls[name]))
         calls[name] += 1
         ops[rewrite_fused(graph, backward, token=token)] = records[-1]
-    _record_chains(graph, records)
+    of_product = dict(zip(products, records, strict=False))
+    for scores, out in find_chains(graph):
+        name, parts = of_product[scores].name, [of_product[scores], of_product[out]]
+        record = _record_chain(scores, out, parts, call=calls[name])
+        try:
+            chain = match_chain(scores, out)
+        except NoMatch as why:
+            record = dataclasses.replace(record, rewritten=False, reason=str(why), call=0)
+        else:
+            calls[name] += 1
+            ops[rewrite_chain(graph, chain, token=token)] = record
+        at = next(i for i, each in enumerate(records) if each is parts[0])
+        records[at] = record
+        del records[next(i for i, each in enumerate(records) if each is parts[1])]
     return ops
 
 
-def _record_chains(graph: Graph, records: list[SiteRecord]) -> None:
-    loose = Counter(record.name for record in records if record.kind == "matmul" and len(record.shape) == 3)
-    softmaxes = {g.module_path(node) for node in graph.nodes if node.target in _SOFTMAX}
-    for name in (name for name, count in loose.items() if count >= 2 and _holds(name, softmaxes)):
-        chain = [record for record in records if record.kind == "matmul" and record.name == name]
-        records[records.index(chain[0])] = dataclasses.replace(
-            chain[0],
-            kind="attention",
-            shape=chain[-1].shape,
-            flops_forward=sum(record.flops_forward for record in chain),
-            flops_backward=sum(record.flops_backward for record in chain),
-            reason="its backward is a chain of products, which is not rewritten",
-        )
-        for record in chain[1:]:
-            records.remove(record)
-
-
-def _holds(module: str, paths: set[str]) -> bool:
-    """Whether one of the paths is the module's own or that of a module in it."""
-    return any(not module or f"{path}.".startswith(f"{module}.") for path in paths)
+def _record_chain(scores: Node, out: Node, parts: list[SiteRecord], *, call: int) -> SiteRecord:
+    return SiteRecord(
+        name=parts[0].name,
+        kind="attention",
+        shape=g.sizes(g.shape_of(out)),
+        flops_forward=sum(part.flops_forward for part in parts),
+        flops_backward=sum(part.flops_backward for part in parts),
+        rewritten=True,
+        call=call,
+    )
 
 
 def _is_fused_attention(node: Node) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_compile.kernels import attention as kernel
+from sparse_compile.kernels import attention_chain
 from sparse_compile.methods import exact
 from sparse_compile.schedule import Phase
 from sparse_compile.site import Site
@@ -24,20 +25,40 @@ class AttentionSite(Site):
             forward: what the forward left.
         """
         self.shape = tuple(forward.q.shape)
-        samples, _, queries, _ = self.shape
-        chosen = None if self.left_alone else exact.live_queries(do)
-        groups = [] if chosen is None else kernel.groups(chosen)
-        computed = sum(group.queries.numel() for group in groups)
-        if chosen is None or not exact.skip_pays_in_attention(
-            computed, samples * queries, keys=forward.k.shape[2]
-        ):
-            self._count(0, samples * queries, forward.k.shape[2])
+        groups = self._live_groups(do, keys=forward.k.shape[2])
+        if groups is None:
             return kernel.fused_backward(do, forward)
-        self._count(samples * queries - int(chosen.sum()), computed, forward.k.shape[2])
         return kernel.fused_backward_of_rows(do, forward, groups)
+
+    def chain_backward(self, do: Tensor, forward: attention_chain.Chain) -> kernel.Gradients:
+        """(dQ, dKᵀ, dV) of an attention that is a chain of products.
+
+        Args:
+            do: [B · H, T, D].
+            forward: what the forward left.
+        """
+        (pairs, queries, features), keys = do.shape, forward.v.shape[1]
+        self.shape = (pairs // forward.heads, forward.heads, queries, features)
+        groups = self._live_groups(do.view(self.shape), keys)
+        if groups is None:
+            return attention_chain.backward(do, forward)
+        return attention_chain.backward_of_rows(do, forward, groups)
 
     def keep(self, phase: Phase) -> float:
         return 1.0
+
+    def _live_groups(self, do: Tensor, keys: int) -> list[kernel.Group] | None:
+        """The query rows of dO [B, H, T, D] that are not zero; None if all are to be computed."""
+        samples, _, queries, _ = self.shape
+        live = None if self.left_alone else exact.live_queries(do)
+        if live is not None:
+            groups = kernel.groups(live)
+            computed = sum(group.queries.numel() for group in groups)
+            if exact.skip_pays_in_attention(computed, samples * queries, keys):
+                self._count(samples * queries - int(live.sum()), computed, keys)
+                return groups
+        self._count(0, samples * queries, keys)
+        return None
 
     def _count(self, zero: int, computed: int, keys: int) -> None:
         samples, heads, queries, features = self.shape

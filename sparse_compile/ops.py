@@ -17,6 +17,11 @@
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
     Q, O [B, H, T, D], K, V [B, H, U, D], log-sum-exp [B, H, T]; see ``passes/attention.py``.
 
+``attention_backward(token, site, do, dropped, probabilities, v, q, kt, scale, heads) -> (dq, dkt, dv)``
+    the gradients of an attention that is a chain of products; see ``passes/attention_chain.py``. dO, Q
+    [N, T, D], Kᵀ [N, D, U], V [N, U, D], A' (``dropped``) [N, T, U], A (``probabilities``) the same up to its
+    leading dimensions, or None where it is A'. N is samples × heads.
+
 Ratios, bases and counters are looked up when an op runs, so nothing that changes from step to step is in
 the graph, and both ops are opaque to Inductor. They are not pure: a backend that is not running (an
 exported graph, say) gets the token (-1, -1, -1), with which a linear is done by exact skipping alone.
@@ -31,6 +36,7 @@ from sparse_compile import runtime
 from sparse_compile.attention_site import AttentionSite
 from sparse_compile.kernels.attention import Fused
 from sparse_compile.kernels.attention import empty as empty_heads
+from sparse_compile.kernels.attention_chain import Chain
 from sparse_compile.linear_site import LinearSite
 
 _library = torch.library.Library("sparse_compile", "DEF")
@@ -46,6 +52,11 @@ _library.define(
 _library.define(
     "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "attention_backward(Tensor token, int site, Tensor do, Tensor dropped, Tensor? probabilities, Tensor v,"
+    " Tensor q, Tensor kt, float scale, int heads) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -94,6 +105,26 @@ def _fused_attention_backward(
     return attention.fused_backward(do, Fused(q, k, v, out, lse, mask, causal, scale))
 
 
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    token: Tensor,
+    site: int,
+    do: Tensor,
+    dropped: Tensor,
+    probabilities: Tensor | None,
+    v: Tensor,
+    q: Tensor,
+    kt: Tensor,
+    scale: float,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, _, _ = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
+    assert isinstance(attention, AttentionSite)
+    if probabilities is not None:
+        probabilities = probabilities.reshape(dropped.shape)
+    return attention.chain_backward(do, Chain(dropped, probabilities, v, q, kt, scale, heads))
+
+
 @torch.library.register_fake("sparse_compile::begin")
 def _begin_fake(anchor: Tensor, manifest: str) -> Tensor:
     return torch.empty(3, dtype=torch.int64, device="cpu")
@@ -116,3 +147,18 @@ def _fused_attention_backward_fake(
     token: Tensor, site: int, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_heads(q), empty_heads(k), empty_heads(v)
+
+
+@torch.library.register_fake("sparse_compile::attention_backward")
+def _attention_backward_fake(
+    token: Tensor,
+    site: int,
+    do: Tensor,
+    dropped: Tensor,
+    probabilities: Tensor | None,
+    v: Tensor,
+    q: Tensor,
+    kt: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), kt.new_empty(kt.shape), v.new_empty(v.shape)
