@@ -46,44 +46,56 @@ def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) 
         The ops that were inserted, and the record of each. Their site numbers are not set yet.
     """
     products = list(g.products(graph, backward=False))  # the records so far are theirs, in the same order
+    of_product = dict(zip(products, records, strict=False))
     ops: dict[Node, SiteRecord] = {}
     calls: Counter[str] = Counter()
     for forward in [node for node in graph.nodes if _is_fused_attention(node)]:
+        record = _record_fused(forward)
         try:
             backward = match_fused(forward)
         except NoMatch as why:
-            records.append(_record_fused(forward, reason=str(why)))
+            records.append(dataclasses.replace(record, reason=str(why)))
             continue
-        name = g.module_path(forward)
-        records.append(_record_fused(forward, call=calls[name]))
-        calls[name] += 1
+        records.append(_rewritten(record, records, calls))
         ops[rewrite_fused(graph, backward, token=token)] = records[-1]
-    of_product = dict(zip(products, records, strict=False))
     for scores, out in find_chains(graph):
-        name, parts = of_product[scores].name, [of_product[scores], of_product[out]]
-        record = _record_chain(scores, out, parts, call=calls[name])
+        parts = [of_product[scores], of_product[out]]
+        record = _record_chain(scores, out, parts)
+        at, _ = (_remove(records, part) for part in parts)
         try:
             chain = match_chain(scores, out)
         except NoMatch as why:
-            record = dataclasses.replace(record, rewritten=False, reason=str(why), call=0)
-        else:
-            calls[name] += 1
-            ops[rewrite_chain(graph, chain, token=token)] = record
-        at = next(i for i, each in enumerate(records) if each is parts[0])
-        records[at] = record
-        del records[next(i for i, each in enumerate(records) if each is parts[1])]
+            records.insert(at, dataclasses.replace(record, reason=str(why)))
+            continue
+        records.insert(at, _rewritten(record, records, calls))
+        ops[rewrite_chain(graph, chain, token=token)] = records[at]
     return ops
 
 
-def _record_chain(scores: Node, out: Node, parts: list[SiteRecord], *, call: int) -> SiteRecord:
+def _remove(records: list[SiteRecord], record: SiteRecord) -> int:
+    """Remove this very record, not one equal to it; its position."""
+    position = next(i for i, each in enumerate(records) if each is record)
+    del records[position]
+    return position
+
+
+def _rewritten(record: SiteRecord, records: list[SiteRecord], calls: Counter[str]) -> SiteRecord:
+    """The record of an attention that is rewritten. Its name is not a linear's, too: a site has one kind."""
+    name = record.name
+    if any(other.name == name and other.kind == "linear" for other in records):
+        name = f"{name}.attention".lstrip(".")
+    calls[name] += 1
+    return dataclasses.replace(record, name=name, rewritten=True, call=calls[name] - 1)
+
+
+def _record_chain(scores: Node, out: Node, parts: list[SiteRecord]) -> SiteRecord:
     return SiteRecord(
-        name=parts[0].name,
+        name=g.module_path(scores),
         kind="attention",
         shape=g.sizes(g.shape_of(out)),
         flops_forward=sum(part.flops_forward for part in parts),
         flops_backward=sum(part.flops_backward for part in parts),
-        rewritten=True,
-        call=call,
+        rewritten=False,
     )
 
 
@@ -133,7 +145,7 @@ def rewrite_fused(graph: Graph, backward: Node, *, token: Node) -> Node:
     return gradients
 
 
-def _record_fused(forward: Node, *, call: int = 0, reason: str = "") -> SiteRecord:
+def _record_fused(forward: Node) -> SiteRecord:
     query, key = (g.sizes(g.shape_of(operand)) for operand in forward.args[:2])  # type: ignore[arg-type]
     flops = 4 * math.prod(query) * key[-2]  # Q·Kᵀ and A·V
     return SiteRecord(
@@ -142,7 +154,5 @@ def _record_fused(forward: Node, *, call: int = 0, reason: str = "") -> SiteReco
         shape=query,
         flops_forward=flops,
         flops_backward=5 * flops // 2,  # S again, dV, dA, dQ, dK
-        rewritten=not reason,
-        reason=reason,
-        call=call,
+        rewritten=False,
     )

@@ -116,11 +116,9 @@ def match_chain(scores: Node, out: Node) -> Chain:
     dropped = g.operands(out)[0]
     node = dropped
     changed = False  # whether A' differs from A by more than a view
-    while node is not scores and _softmax_input(node) is None:
+    while _softmax_input(node) is None:
         changed |= node.target not in (*_VIEWS, *_SAME, aten.permute.default)
         node, _ = _climb(node, between, scores, probabilities=True)
-    if node is scores:
-        raise NoMatch("its softmax is not on the way from its scores to its output")
     probabilities = node
     changed |= probabilities.meta["val"].dtype != dropped.meta["val"].dtype
     node, scale, heads = _softmax_input(probabilities), 1.0, 1
@@ -278,16 +276,18 @@ def _backward_products(forward: Node) -> tuple[Node | None, Node | None]:
 
 def _require_closed(start: Node, ends: list[Node]) -> None:
     """All that is computed from dA' is computed from nothing else of the backward, and leads to the ends."""
+    gradients = g.computed_from_tangents(start.graph)
     inside: set[Node] = {start}
     for node in start.graph.nodes:
-        if any(source in inside for source in node.all_input_nodes) and node not in ends:
+        sources = set(node.all_input_nodes)
+        if sources.isdisjoint(inside):
+            continue
+        if not sources & gradients <= inside:
+            raise NoMatch("a gradient flows into its scores or probabilities from elsewhere, too")
+        if node not in ends:
             if node.target not in _BACKWARD:
                 raise NoMatch("the gradient of its scores or probabilities is used for something else, too")
             inside.add(node)
-    gradients = g.computed_from_tangents(start.graph)
-    for node in (inside | set(ends)) - {start}:
-        if any(source in gradients and source not in inside for source in node.all_input_nodes):
-            raise NoMatch("a gradient flows into its scores or probabilities from elsewhere, too")
 
 
 def rewrite_chain(graph: Graph, chain: Chain, *, token: Node) -> Node:

@@ -25,7 +25,7 @@ class AttentionSite(Site):
             forward: what the forward left.
         """
         self.shape = tuple(forward.q.shape)
-        groups = self._live_groups(do, keys=forward.k.shape[2])
+        groups = self._live_groups(do, forward.k.shape[2], stored=False)
         if groups is None:
             return kernel.fused_backward(do, forward)
         return kernel.fused_backward_of_rows(do, forward, groups)
@@ -39,7 +39,7 @@ class AttentionSite(Site):
         """
         (pairs, queries, features), keys = do.shape, forward.v.shape[1]
         self.shape = (pairs // forward.heads, forward.heads, queries, features)
-        groups = self._live_groups(do.view(self.shape), keys)
+        groups = self._live_groups(do.view(self.shape), keys, stored=True)
         if groups is None:
             return attention_chain.backward(do, forward)
         return attention_chain.backward_of_rows(do, forward, groups)
@@ -47,20 +47,26 @@ class AttentionSite(Site):
     def keep(self, phase: Phase) -> float:
         return 1.0
 
-    def _live_groups(self, do: Tensor, keys: int) -> list[kernel.Group] | None:
-        """The query rows of dO [B, H, T, D] that are not zero; None if all are to be computed."""
-        samples, _, queries, _ = self.shape
+    def _live_groups(self, do: Tensor, keys: int, *, stored: bool) -> list[kernel.Group] | None:
+        """The query rows of dO [B, H, T, D] that are not zero; None if all are to be computed.
+
+        Args:
+            keys: U.
+            stored: whether the forward left the probabilities.
+        """
+        samples, _, queries, features = self.shape
+        products = 4 if stored else 5
         live = None if self.left_alone else exact.live_queries(do)
         if live is not None:
             groups = kernel.groups(live)
             computed = sum(group.queries.numel() for group in groups)
-            if exact.skip_pays_in_attention(computed, samples * queries, keys):
-                self._count(samples * queries - int(live.sum()), computed, keys)
+            if exact.skip_pays_in_attention(computed, samples * queries, keys, features, stored=stored):
+                self._count(samples * queries - int(live.sum()), computed, keys, products)
                 return groups
-        self._count(0, samples * queries, keys)
+        self._count(0, samples * queries, keys, products)
         return None
 
-    def _count(self, zero: int, computed: int, keys: int) -> None:
+    def _count(self, zero: int, computed: int, keys: int, products: int) -> None:
         samples, heads, queries, features = self.shape
         flops = 2 * keys * heads * features  # of one row in one product
         self.counters.backwards += 1
@@ -68,8 +74,8 @@ class AttentionSite(Site):
         self.counters.rows_zero += zero
         self.counters.rows_computed += computed
         self.counters.flops_forward += 2 * flops * samples * queries
-        self.counters.flops_backward_dense += 5 * flops * samples * queries
-        self.counters.flops_backward += 5 * flops * computed
+        self.counters.flops_backward_dense += products * flops * samples * queries
+        self.counters.flops_backward += products * flops * computed
 
     def forget(self) -> None:
         """Nothing is remembered."""

@@ -164,13 +164,14 @@ class Runtime:
         root = owner.root() if owner.root is not None else None
         paths = [record.name.partition("@")[0] for record in records]
         total = sum(record.flops_backward for record in records if record.rewritten)
+        attentions = {record.name for record in records if record.kind == "attention"}
         sites = []
         for record, path in zip(records, paths, strict=True):
             if record.name not in self.sites:
                 held_back = self._in_skipped_block(path, root, paths)
                 if held_back is None and record.flops_backward < _NEGLIGIBLE * total:
                     held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
-                self._add_site(record, path, held_back)
+                self._add_site(record.name, record.name in attentions, path, held_back)
             sites.append(self.sites[record.name])
         return sites
 
@@ -180,9 +181,9 @@ class Runtime:
             return None
         return f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
 
-    def _add_site(self, record: SiteRecord, path: str, held_back: str | None) -> None:
-        name, left_alone = record.name, self.schedule.reason_left_out(path)
-        kind = AttentionSite if record.kind == "attention" else LinearSite
+    def _add_site(self, name: str, attention: bool, path: str, held_back: str | None) -> None:
+        left_alone = self.schedule.reason_left_out(path)
+        kind = AttentionSite if attention else LinearSite
         site = self.sites[name] = kind(name, seed=self.seed, left_alone=left_alone, held_back=held_back)
         if name in self._pending:
             site.load_state_dict(self._pending.pop(name))

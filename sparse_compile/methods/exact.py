@@ -60,13 +60,16 @@ def skip_pays(skipped: int, rows: int, inputs: int, outputs: int) -> bool:
     return 4 * skipped * inputs * outputs > moved
 
 
-def skip_pays_in_attention(computed: int, rows: int, keys: int) -> bool:
+def skip_pays_in_attention(computed: int, rows: int, keys: int, features: int, *, stored: bool) -> bool:
     """Whether gathering ``computed`` of all the query rows costs less than computing the others.
 
-    A row that is skipped saves five products with every key, 10 FLOPs for each feature; one that is computed
-    has four numbers for each feature to be moved, and every row one. (Costs as in :func:`skip_pays`.)
+    Per head: a product has 2 FLOPs for each row, key and feature. There are four, and a fifth where the
+    probabilities are not ``stored``. A row that is computed has four times its features moved, and twice its
+    probabilities if those are stored; every row has its features moved once. (Costs as in :func:`skip_pays`.)
     """
-    return 10 * keys * (rows - computed) > 80 * (4 * computed + rows)
+    saved = (8 if stored else 10) * keys * features * (rows - computed)
+    moved = computed * (4 * features + (2 * keys if stored else 0)) + rows * features
+    return saved > 80 * moved
 
 
 def rows(live: Tensor) -> Rows:

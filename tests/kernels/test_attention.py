@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,8 +121,11 @@ def test_live_queries(apart: bool) -> None:
     assert exact.live_queries(do) is None
 
 
-def test_skipping_pays_from_a_quarter_of_the_rows_on_with_128_keys() -> None:
-    assert exact.skip_pays_in_attention(74, 100, keys=128)
-    assert not exact.skip_pays_in_attention(76, 100, keys=128)
-    assert not exact.skip_pays_in_attention(100, 100, keys=4096)
-    assert not exact.skip_pays_in_attention(10, 100, keys=8)
+@pytest.mark.parametrize(("stored", "computed"), [(False, 74), (True, 56)])
+def test_skipping_pays_if_enough_rows_are_zero(stored: bool, computed: int) -> None:
+    """A quarter of them with 128 keys, and more if there are probabilities to gather."""
+    pays = functools.partial(exact.skip_pays_in_attention, features=64, stored=stored)
+    assert pays(computed, 100, keys=128)
+    assert not pays(computed + 2, 100, keys=128)
+    assert not pays(100, 100, keys=4096)
+    assert not pays(10, 100, keys=8)
