@@ -34,9 +34,10 @@ from torch import Tensor
 
 from sparse_compile import runtime
 from sparse_compile.attention_site import AttentionSite
-from sparse_compile.kernels.attention import Fused
-from sparse_compile.kernels.attention import empty as empty_heads
+from sparse_compile.kernels.attention import Forward
 from sparse_compile.kernels.attention_chain import Chain
+from sparse_compile.kernels.attention_fused import Fused
+from sparse_compile.kernels.attention_fused import empty as empty_heads
 from sparse_compile.linear_site import LinearSite
 
 _library = torch.library.Library("sparse_compile", "DEF")
@@ -100,9 +101,7 @@ def _fused_attention_backward(
     mask: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    attention, _, _ = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
-    assert isinstance(attention, AttentionSite)
-    return attention.fused_backward(do, Fused(q, k, v, out, lse, mask, causal, scale))
+    return _attention(token, site, do, Fused(q, k, v, out, lse, causal, mask, scale))
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
@@ -118,11 +117,17 @@ def _attention_backward(
     scale: float,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    attention, _, _ = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
-    assert isinstance(attention, AttentionSite)
+    do, dropped, v, q, kt = (x.unflatten(0, (-1, heads)) for x in (do, dropped, v, q, kt))
     if probabilities is not None:
         probabilities = probabilities.reshape(dropped.shape)
-    return attention.chain_backward(do, Chain(dropped, probabilities, v, q, kt, scale, heads))
+    dq, dk, dv = _attention(token, site, do, Chain(dropped, probabilities, v, q, kt, scale))
+    return dq.flatten(0, 1), dk.transpose(2, 3).flatten(0, 1), dv.flatten(0, 1)
+
+
+def _attention(token: Tensor, site: int, do: Tensor, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    attention, use, phase = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
+    assert isinstance(attention, AttentionSite)
+    return attention.backward(do, forward, method=None if phase is None else phase.attention, use=use)
 
 
 @torch.library.register_fake("sparse_compile::begin")

@@ -26,7 +26,7 @@ Method: TypeAlias = Reuse | Sample  # the union of all method classes
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
 METHODS: dict[str, tuple[type[Method], ...]] = {
     "linear": (Reuse, Sample),
-    "attention": (),
+    "attention": (Reuse,),
     "blocks": (),
     "saved_activations": (),
     "weight_gradients": (),
@@ -53,7 +53,8 @@ class Schedule:
     Args:
         linear: the method for linear layers, a `Reuse` or a `Sample`. None is exact: only rows of the
             output gradient that are exactly zero are skipped.
-        attention, blocks, saved_activations, weight_gradients: only None in this version.
+        attention: the method for attentions, a `Reuse`, with a schedule of its own. None is exact, as above.
+        blocks, saved_activations, weight_gradients: only None in this version.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
