@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from sparse_compile.passes import graph as g
-from sparse_compile.passes.attention import record_attentions
+from sparse_compile.passes.attention import rewrite_attentions
 from sparse_compile.passes.blocks import mark_blocks, rewrite_blocks
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
@@ -52,7 +52,7 @@ def rewrite(
     records.extend(ops.values())
     ops |= rewrite_linears(graph, token=token, below=below, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
-    record_attentions(graph, records)
+    ops |= rewrite_attentions(graph, token=token, records=records)
     # Last: it lists what none of the others recognised.
     record_leftovers(graph, below=below, called=linears, records=records)
 

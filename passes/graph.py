@@ -36,23 +36,25 @@ def sizes(shape: torch.Size | tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(s if isinstance(s, int) else int(s.node.hint) if s.node.has_hint() else 1 for s in shape)
 
 
-def is_2d_transpose(node: Node) -> bool:
-    if node.target not in _TRANSPOSES or len(shape_of(node)) != 2:
+def is_transpose(node: Node) -> bool:
+    """Whether a node transposes a matrix, or each matrix of a batch [N, …, …]."""
+    if node.target not in _TRANSPOSES or (rank := len(shape_of(node))) not in (2, 3):
         return False
     if node.target is aten.permute.default:
-        return [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[operator, union-attr]
-    return node.target is aten.t.default or {d % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[operator]
+        return [d % rank for d in node.args[1]][-2:] == [rank - 1, rank - 2]  # type: ignore[operator, union-attr]
+    last = {rank - 2, rank - 1}
+    return node.target is aten.t.default or {d % rank for d in node.args[1:3]} == last  # type: ignore[operator]
 
 
 def strip_transposes(node: Node) -> tuple[Node, bool]:
-    """The node below any chain of 2-D transposes and aliases, and whether an odd number was stripped.
+    """The node below any chain of transposes and aliases, and whether an odd number was stripped.
 
     ``permute(permute(W))`` gives ``(W, False)``: two operands are the same matrix exactly when their
     stripped forms are equal.
     """
     transposed = False
     while node.op == "call_function":
-        if is_2d_transpose(node):
+        if is_transpose(node):
             transposed = not transposed
         elif node.target not in _ALIASES:
             break
@@ -110,11 +112,24 @@ def site_name(node: Node, weight_names: frozenset[str]) -> str:
     return name or path or leaf
 
 
+def computed_from_tangents(graph: Graph) -> set[Node]:
+    """The nodes that hold a gradient: all that the graph computes from those of its outputs."""
+    found = {node for node in graph.find_nodes(op="placeholder") if "tangents" in node.name}
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_product(node: Node) -> bool:
+    targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+    return node.op == "call_function" and node.target in targets
+
+
 def products(graph: Graph, *, backward: bool) -> Iterator[Node]:
     """Every matrix product of one side of the graph, in order."""
-    targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in targets and is_backward(node) == backward:
+        if is_product(node) and is_backward(node) == backward:
             yield node
 
 

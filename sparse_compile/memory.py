@@ -1,4 +1,5 @@
-"""What a site remembers of its earlier gradients: the bases, one for each use of the layer.
+"""What a site remembers of its earlier gradients, for each use of the layer: :class:`Memory` is a linear's,
+:class:`Memories`, of several tensors, an attention's.
 
 *This is the file that remembers the last gradient.* What a base is for is said in ``methods/reuse.py``.
 """
@@ -60,8 +61,7 @@ class Memory:
         self._refreshes += 1
         value = reuse.next_base(dy, tokens, sample)
         # The sum is finite if all are (added up in float32: 0.04 ms where isfinite().all() takes 0.6).
-        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        if bool(value.sum(dtype=wide).isfinite()):
+        if bool(value.sum(dtype=_wide(value)).isfinite()):
             self._bases[use] = Base(value)
         else:
             self._bases.pop(use, None)
@@ -79,3 +79,67 @@ class Memory:
         for key, (value, age) in state.get("bases", {}).items():
             call, lane = key.split("/")
             self._bases[int(call), int(lane)] = Base(value.clone(), age)
+
+
+@dataclasses.dataclass(slots=True)
+class Snapshot:
+    """Named tensors of one backward, the lengths of the sequences they are of, and how many backwards ago."""
+
+    tensors: dict[str, Tensor]
+    sizes: tuple[int, ...]
+    age: int = 0
+
+
+class Memories:
+    """What one attention remembers; as :class:`Memory`, for several tensors at once."""
+
+    def __init__(self) -> None:
+        self._snapshots: dict[Use, Snapshot] = {}
+        self._draws = 0
+
+    def recall(self, use: Use, like: Tensor, sizes: tuple[int, ...]) -> dict[str, Tensor] | None:
+        """What was remembered, in the dtype of ``like``; None if nothing was, or for other ``sizes``."""
+        snapshot = self._snapshots.get(use)
+        if snapshot is None or snapshot.sizes != sizes:
+            self._snapshots.pop(use, None)
+            return None
+        snapshot.tensors = {name: tensor.to(like) for name, tensor in snapshot.tensors.items()}
+        snapshot.age += 1
+        return snapshot.tensors
+
+    def due(self, use: Use, every: int) -> bool:
+        """Whether there is nothing to recall, or it has been recalled ``every`` times."""
+        return use not in self._snapshots or self._snapshots[use].age >= every
+
+    def remember(self, use: Use, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
+        """Remember ``tensors`` if they are finite, else nothing."""
+        if all(bool(tensor.sum(dtype=_wide(tensor)).isfinite()) for tensor in tensors.values()):
+            self._snapshots[use] = Snapshot(tensors, sizes)
+        else:
+            self._snapshots.pop(use, None)
+
+    def draw(self, samples: int, seed: str) -> int:
+        """A random sample; ``seed`` and a count decide which."""
+        self._draws += 1
+        return random.Random(f"{seed}/{self._draws}").randrange(samples)
+
+    def clear(self) -> None:
+        self._snapshots.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        snapshots = {
+            f"{call}/{lane}": (s.tensors, list(s.sizes), s.age) for (call, lane), s in self._snapshots.items()
+        }
+        return {"snapshots": snapshots, "draws": self._draws}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._draws = state.get("draws", 0)
+        self._snapshots = {}
+        for key, (tensors, sizes, age) in state.get("snapshots", {}).items():
+            call, lane = key.split("/")
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            self._snapshots[int(call), int(lane)] = Snapshot(copies, tuple(sizes), age)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -13,6 +13,15 @@
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
     of dX need never be written. Rows that the index does not name hold anything.
 
+``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
+    the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
+    Q, O [B, H, T, D], K, V [B, H, U, D], log-sum-exp [B, H, T]; see ``passes/attention.py``.
+
+``attention_backward(token, site, do, dropped, probabilities, v, q, kt, scale, heads) -> (dq, dkt, dv)``
+    the gradients of an attention that is a chain of products; see ``passes/attention_chain.py``. dO, Q
+    [N, T, D], Kᵀ [N, D, U], V [N, U, D], A' (``dropped``) [N, T, U], A (``probabilities``) the same up to its
+    leading dimensions, or None where it is A'. N is samples × heads.
+
 ``boundary(h, block) -> h``
     marks, before a graph is traced, where a block of the model ends; ``boundary_gradient`` is its derivative.
     Both are the identity, and ``passes/blocks.py`` takes them out of the graph again.
@@ -33,7 +42,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile import runtime
+from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
+from sparse_compile.kernels.attention import Forward
+from sparse_compile.kernels.attention_chain import Chain
+from sparse_compile.kernels.attention_fused import Fused
+from sparse_compile.kernels.attention_fused import empty as empty_heads
 from sparse_compile.linear_site import LinearSite
 
 _library = torch.library.Library("sparse_compile", "DEF")
@@ -44,6 +58,16 @@ _library.define(
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
     " bool dw_transposed) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "attention_backward(Tensor token, int site, Tensor do, Tensor dropped, Tensor? probabilities, Tensor v,"
+    " Tensor q, Tensor kt, float scale, int heads) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -80,6 +104,50 @@ def _linear_backward(
     return rows, index, dy.new_empty(0) if dw is None else dw
 
 
+@torch.library.impl(_library, "fused_attention_backward", "CompositeExplicitAutograd")
+def _fused_attention_backward(
+    token: Tensor,
+    site: int,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention(token, site, do, Fused(q, k, v, out, lse, causal, mask, scale))
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    token: Tensor,
+    site: int,
+    do: Tensor,
+    dropped: Tensor,
+    probabilities: Tensor | None,
+    v: Tensor,
+    q: Tensor,
+    kt: Tensor,
+    scale: float,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, dropped, v, q, kt = (x.unflatten(0, (-1, heads)) for x in (do, dropped, v, q, kt))
+    if probabilities is not None:
+        probabilities = probabilities.reshape(dropped.shape)
+    dq, dk, dv = _attention(token, site, do, Chain(dropped, probabilities, v, q, kt, scale))
+    return dq.flatten(0, 1), dk.transpose(2, 3).flatten(0, 1), dv.flatten(0, 1)
+
+
+def _attention(token: Tensor, site: int, do: Tensor, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    attention, use, phase = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
+    assert isinstance(attention, AttentionSite)
+    exact = phase is None or attention.controller.measures(phase.step)
+    return attention.backward(do, forward, method=None if exact else phase.attention, use=use)
+
+
 @torch.library.register_fake("sparse_compile::begin")
 def _begin_fake(anchor: Tensor, manifest: str) -> Tensor:
     return torch.empty(3, dtype=torch.int64, device="cpu")
@@ -95,6 +163,28 @@ def _linear_backward_fake(
         return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
     return rows, index, dy.new_empty(shape)
+
+
+@torch.library.register_fake("sparse_compile::fused_attention_backward")
+def _fused_attention_backward_fake(
+    token: Tensor, site: int, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_heads(q), empty_heads(k), empty_heads(v)
+
+
+@torch.library.register_fake("sparse_compile::attention_backward")
+def _attention_backward_fake(
+    token: Tensor,
+    site: int,
+    do: Tensor,
+    dropped: Tensor,
+    probabilities: Tensor | None,
+    v: Tensor,
+    q: Tensor,
+    kt: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), kt.new_empty(kt.shape), v.new_empty(v.shape)
 
 
 @torch.library.impl(_library, "sample_weights", "CompositeExplicitAutograd")

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_compile import naming
+from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
 from sparse_compile.clock import Clock
 from sparse_compile.controller import Controller
@@ -41,7 +42,7 @@ NO_TOKEN: Token = (-1, -1, -1)
 # sample: with 3 rows of 32 kept there, MiniLM on movie reviews learned nothing (53 % where exact got 83 %).
 _NEGLIGIBLE = 0.001
 
-_KINDS: dict[str, type[Site]] = {"linear": LinearSite, "block": BlockSite}
+_KINDS: dict[str, type[Site]] = {"linear": LinearSite, "attention": AttentionSite, "block": BlockSite}
 
 _ids = itertools.count()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
@@ -168,6 +169,7 @@ class Runtime:
         root = owner.root() if owner.root is not None else None
         paths = [record.name.partition("@")[0] for record in records]
         total = sum(record.flops_backward for record in records if record.rewritten)
+        attentions = {record.name for record in records if record.kind == "attention"}
         sites = []
         for record, path in zip(records, paths, strict=True):
             if record.name not in self.sites:
@@ -179,7 +181,8 @@ class Runtime:
                     and record.flops_backward < _NEGLIGIBLE * total
                 ):
                     held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
-                self._add_site(record, path, held_back, block)
+                kind = "attention" if record.name in attentions else record.kind
+                self._add_site(record.name, kind, path, held_back, block)
             sites.append(self.sites[record.name])
         return sites
 
@@ -189,19 +192,19 @@ class Runtime:
         return f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
 
     def _add_site(
-        self, record: SiteRecord, path: str, held_back: str | None, block: tuple[int, int] | None
+        self, name: str, kind: str, path: str, held_back: str | None, block: tuple[int, int] | None
     ) -> None:
-        make = _KINDS.get(record.kind, LinearSite)
-        site = self.sites[record.name] = make(
-            record.name,
+        make = _KINDS.get(kind, LinearSite)
+        site = self.sites[name] = make(
+            name,
             seed=self.seed,
             left_alone=self.schedule.reason_left_out(path),
             held_back=held_back,
             block=block,
             controller=self.controller,
         )
-        if record.name in self._pending:
-            site.load_state_dict(self._pending.pop(record.name))
+        if name in self._pending:
+            site.load_state_dict(self._pending.pop(name))
 
     def find(self, token: Token, number: int) -> tuple[Site, Use, Phase]:
         """The site with this number in the graph that the token names, and what holds for it now."""

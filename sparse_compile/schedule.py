@@ -27,7 +27,7 @@ Method: TypeAlias = Reuse | Sample | Adaptive  # the union of all method classes
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
 METHODS: dict[str, tuple[type[Method], ...]] = {
     "linear": (Reuse, Sample, Adaptive),
-    "attention": (),
+    "attention": (Reuse,),
     "blocks": (Sample, Adaptive),
     "saved_activations": (),
     "weight_gradients": (),
@@ -41,7 +41,7 @@ class Phase:
     step: int
     fraction: float
     linear: Reuse | Sample | Adaptive | None
-    attention: None
+    attention: Reuse | None
     blocks: Sample | Adaptive | None
     saved_activations: None
     weight_gradients: None
@@ -58,7 +58,8 @@ class Schedule:
             model's repeated blocks: one that is not drawn there is zero in every earlier block. A `keep` is
             the share that is left behind the first block; behind block i of n (from 0) it is
             keep^((n - i)/n).
-        attention, saved_activations, weight_gradients: only None in this version.
+        attention: the method for attentions, a `Reuse`, with a schedule of its own. None is exact, as above.
+        saved_activations, weight_gradients: only None in this version.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -72,7 +73,7 @@ class Schedule:
     """
 
     linear: Reuse | Sample | Adaptive | None = None
-    attention: None = None
+    attention: Reuse | None = None
     blocks: Sample | Adaptive | None = None
     saved_activations: None = None
     weight_gradients: None = None

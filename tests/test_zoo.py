@@ -22,6 +22,7 @@ SCHEDULES = {"exact": Schedule.exact(), "ratio 0": Schedule(linear=Reuse(0.0))}
 
 PRODUCT = re.compile(r"= torch\.ops\.aten\.(?:mm|addmm)\.default\(")
 OUR_OP = re.compile(r"= torch\.ops\.sparse_compile\.linear_backward\.default\(")
+OUR_ATTENTION = re.compile(r"= torch\.ops\.sparse_compile\.(?:fused_)?attention_backward\.default\(")
 
 Gradients = dict[str, Tensor | None]
 
@@ -30,6 +31,7 @@ Gradients = dict[str, Tensor | None]
 def _skip_whatever_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """In layers as small as the zoo's, gathering the rows that are not zero costs more than it saves."""
     monkeypatch.setattr("sparse_compile.methods.exact.skip_pays", lambda *_: True)
+    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays_in_attention", lambda *_, **__: True)
 
 
 @functools.cache
@@ -93,9 +95,13 @@ def assert_every_linear_is_reported(name: str, backend: SparseBackend) -> None:
     assert all(site.reason for site in linears if not site.rewritten)
     attentions = [site for site in backend.report().sites if site.kind == "attention"]
     assert len(attentions) == entry.attentions
-    assert not any(site.rewritten or site.calls > 1 for site in attentions)
-    assert {site.reason for site in attentions} == {
-        "the backward of attention is not rewritten in this version"
+    assert all(site.calls == 1 for site in attentions)
+    biased = [site.name for site in attentions if not site.rewritten]
+    assert all(name.endswith("SelfAttention") for name in biased)
+    assert len(biased) == (2 if name == "t5" else 0)  # its position bias is learned from dS
+    assert {site.reason for site in attentions} <= {
+        "",
+        "the gradient of its scores or probabilities is used for something else, too",
     }
     assert len(backend.report().sites) == entry.sites + entry.attentions
 
@@ -107,6 +113,23 @@ def assert_every_backward_product_is_ours(name: str, backend: SparseBackend) -> 
     assert len(PRODUCT.findall(graph.before)) > 2 * rewritten
     assert len(PRODUCT.findall(graph.after)) == rewritten
     assert len(OUR_OP.findall(graph.after)) == rewritten
+    attentions = [site for site in backend.report().sites if site.kind == "attention" and site.rewritten]
+    assert len(OUR_ATTENTION.findall(graph.after)) == len(attentions)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "transformer encoder"])
+def test_gradients_with_eager_attention(name: str) -> None:
+    """Chains of products, where ``sdpa`` is a fused op for most of the models."""
+    found = []
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    for compiler in ("aot_eager", backend):
+        model, inputs = zoo.make(name)
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+        found.append(zoo.gradients(model, inputs, torch.compile(model, backend=compiler)))
+        torch._dynamo.reset()
+    assert_same_gradients(*found)
+    assert_every_linear_is_reported(name, backend)
+    assert "fused_attention" not in backend.graphs[0].after
 
 
 def test_only_the_experts_of_a_mixture_are_not_rewritten() -> None:

@@ -77,16 +77,29 @@ class Trace:
 
     @property
     def ops(self) -> list[Node]:
-        """The inserted ops, in graph order."""
+        """The ops inserted for linears, in graph order."""
         target = torch.ops.sparse_compile.linear_backward.default
         return self.graph.find_nodes(op="call_function", target=target)
+
+    @property
+    def attention_ops(self) -> dict[int, Node]:
+        """The ops inserted for attentions, by site number; every rewritten attention has one."""
+        ours = torch.ops.sparse_compile
+        targets = (ours.attention_backward.default, ours.fused_attention_backward.default)
+        ops = [node for node in self.graph.nodes if node.target in targets]
+        assert sorted(op.args[1] for op in ops) == [
+            i for i, r in enumerate(self.records) if r.rewritten and r.kind == "attention"
+        ]
+        return {op.args[1]: op for op in ops}
 
     @property
     def linears(self) -> list[Linear]:
         """The rewritten linears, in the order of their records; every record has one op, and no op none."""
         ops = {op.args[4]: op for op in self.ops}
         assert len(ops) == len(self.ops)
-        assert sorted(ops) == [i for i, record in enumerate(self.records) if record.rewritten]
+        assert sorted(ops) == [
+            i for i, record in enumerate(self.records) if record.rewritten and record.kind == "linear"
+        ]
         return [_linear(self.records[i], ops[i]) for i in sorted(ops)]
 
     @property

@@ -29,6 +29,16 @@ def live_rows(dy: Tensor) -> Tensor | None:
     return None if bool(live.all()) else live
 
 
+def live_queries(do: Tensor) -> Tensor | None:
+    """Which query rows of ``do`` [B, H, T, D] hold anything but zeros in any head: bool [B, T], or None if
+    all of them do."""
+    if bool((do[:, 0, :, :_PROBE_COLUMNS] != 0).any(-1).all()):
+        return None
+    b, h, t, d = do.shape
+    live = live_rows(do.transpose(1, 2).reshape(b * t, h * d))
+    return None if live is None else live.view(b, t)
+
+
 def skip_pays(skipped: int, rows: int, inputs: int, outputs: int) -> bool:
     """Whether gathering and scattering rows costs less than the products of the skipped ones.
 
@@ -37,6 +47,18 @@ def skip_pays(skipped: int, rows: int, inputs: int, outputs: int) -> bool:
     """
     moved = 80 * ((rows - skipped) * (outputs + inputs) + rows * inputs)
     return 4 * skipped * inputs * outputs > moved
+
+
+def skip_pays_in_attention(computed: int, rows: int, keys: int, features: int, *, stored: bool) -> bool:
+    """Whether gathering ``computed`` of all the query rows costs less than computing the others.
+
+    Per head: a product has 2 FLOPs for each row, key and feature. There are four, and a fifth where the
+    probabilities are not ``stored``. A row that is computed has four times its features moved, and twice its
+    probabilities if those are stored; every row has its features moved once. (Costs as in :func:`skip_pays`.)
+    """
+    saved = (8 if stored else 10) * keys * features * (rows - computed)
+    moved = computed * (4 * features + (2 * keys if stored else 0)) + rows * features
+    return saved > 80 * moved
 
 
 def rows(live: Tensor) -> Rows:

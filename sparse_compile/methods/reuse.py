@@ -51,7 +51,7 @@ def rows(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Rows:
     if live is not None:
         norm = torch.where(live, norm, -1.0)
     alive = dy.shape[0] if live is None else int(live.sum())
-    kept = norm.topk(min(_count(keep, dy.shape[0]), alive), sorted=False).indices.sort().values
+    kept = norm.topk(min(count(keep, dy.shape[0]), alive), sorted=False).indices.sort().values
     dropped = torch.ones_like(norm, dtype=torch.bool) if live is None else live.clone()
     dropped[kept] = False
     return Rows(kept, base, dropped)
@@ -73,7 +73,7 @@ def elements(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Tens
     """
     tiled = base.expand(dy.shape[0] // base.shape[0], *base.shape).reshape(dy.shape)
     size = _masked(dy - tiled, live).abs().reshape(-1)
-    kept = size.topk(_count(keep, size.numel()), sorted=False).indices
+    kept = size.topk(count(keep, size.numel()), sorted=False).indices
     estimate = tiled.clone(memory_format=torch.contiguous_format)
     estimate.view(-1)[kept] = dy.reshape(-1)[kept]
     return _masked(estimate, live)
@@ -88,17 +88,23 @@ def n_of_m(dy: Tensor, base: Tensor, n: int, m: int, live: Tensor | None, *, dim
     """
     tiled = base.expand(dy.shape[0] // base.shape[0], *base.shape).reshape(dy.shape)
     residual = _masked(dy - tiled, live).movedim(dim, -1)
-    size = torch.nn.functional.pad(residual.abs(), (0, -residual.shape[-1] % m), value=-1.0)
-    groups = size.unflatten(-1, (-1, m))
+    kept = largest_of_neighbours(residual.abs(), n, m).movedim(-1, dim)
+    return _masked(torch.where(kept, dy, tiled), live)
+
+
+def largest_of_neighbours(size: Tensor, n: int, m: int) -> Tensor:
+    """Which entries are among the n largest of their group: bool. Groups are m neighbours in the last
+    dimension, from its start; a last, shorter one keeps its n largest."""
+    groups = torch.nn.functional.pad(size, (0, -size.shape[-1] % m), value=-1.0).unflatten(-1, (-1, m))
     kept = torch.zeros_like(groups, dtype=torch.bool)
     kept.scatter_(-1, groups.topk(n, dim=-1, sorted=False).indices, True)
-    kept = kept.flatten(-2)[..., : residual.shape[-1]].movedim(-1, dim)
-    return _masked(torch.where(kept, dy, tiled), live)
+    return kept.flatten(-2)[..., : size.shape[-1]]
 
 
 def _masked(values: Tensor, live: Tensor | None) -> Tensor:
     return values if live is None else torch.where(live.unsqueeze(1), values, torch.zeros_like(values))
 
 
-def _count(keep: float, total: int) -> int:
+def count(keep: float, total: int) -> int:
+    """How many of ``total`` rows or entries a share is; at least one."""
     return max(1, round(keep * total))

@@ -53,12 +53,29 @@ def built() -> Built:
         (aten.relu.default, (), False),
     ],
 )
-def test_2d_transpose(built: Built, target: Any, args: tuple[Any, ...], expected: bool) -> None:
-    assert g.is_2d_transpose(built.call(target, built.input(3, 4), *args)) is expected
+def test_transpose(built: Built, target: Any, args: tuple[Any, ...], expected: bool) -> None:
+    assert g.is_transpose(built.call(target, built.input(3, 4), *args)) is expected
 
 
-def test_transpose_of_a_batch_is_no_2d_transpose(built: Built) -> None:
-    assert not g.is_2d_transpose(built.call(aten.transpose.int, built.input(2, 3, 4), 0, 1))
+@pytest.mark.parametrize(
+    ("target", "args", "expected"),
+    [
+        (aten.transpose.int, (1, 2), True),
+        (aten.transpose.int, (-1, 1), True),
+        (aten.transpose.int, (0, 1), False),
+        (aten.permute.default, ([0, 2, 1],), True),
+        (aten.permute.default, ([1, 0, 2],), False),
+        (aten.permute.default, ([1, 2, 0],), False),
+    ],
+)
+def test_transpose_of_each_matrix_of_a_batch(
+    built: Built, target: Any, args: tuple[Any, ...], expected: bool
+) -> None:
+    assert g.is_transpose(built.call(target, built.input(2, 3, 4), *args)) is expected
+
+
+def test_transpose_of_more_dimensions_is_none(built: Built) -> None:
+    assert not g.is_transpose(built.call(aten.transpose.int, built.input(2, 3, 4, 5), 2, 3))
 
 
 def test_transposes_and_aliases_are_stripped(built: Built) -> None:

@@ -1,0 +1,131 @@
+"""An attention while it trains: finds the query rows to compute, and remembers what stands in for others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sparse_compile.kernels import attention as kernel
+from sparse_compile.memory import Memories, Use
+from sparse_compile.methods import attention, exact
+from sparse_compile.schedule import Method, Phase
+from sparse_compile.settings.reuse import Reuse
+from sparse_compile.site import Site
+
+
+class AttentionSite(Site):
+    """The backward of one attention; see :class:`Site`. Its shape is that of Q, [B, H, T, D]; a row of its
+    output gradient is that of one query of one sample, in all heads."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self._memories = Memories()
+
+    def backward(
+        self, do: Tensor, forward: kernel.Forward, *, method: Method | None, use: Use = (0, 0)
+    ) -> kernel.Gradients:
+        """(dQ, dK, dV).
+
+        Args:
+            do: [B, H, T, D].
+            forward: what the forward left.
+            method: what the schedule says of attentions at this step; None is exact.
+            use: whose means are reused.
+        """
+        self.shape = forward.shape
+        if self.left_alone:
+            self.method = "dense"
+            self._count(0, self._rows, forward)
+            return forward.backward(do)
+        live = exact.live_queries(do)
+        if self.held_back or not isinstance(method, Reuse) or method.keep == 1.0:
+            self.method = "exact"
+            return self._exact(do, forward, live)
+        self.method = method.method
+        if method.granularity == "row":
+            return self._reuse_rows(do, forward, live, method, use)
+        return self._reuse_elements(do, forward, live, method, use)
+
+    def _exact(self, do: Tensor, forward: kernel.Forward, live: Tensor | None) -> kernel.Gradients:
+        """Skip the rows that are zero, if that pays."""
+        if live is not None:
+            groups = kernel.groups(live)
+            computed = _rows_in(groups)
+            if exact.skip_pays_in_attention(
+                computed, self._rows, forward.keys, self.shape[3], stored=forward.stored
+            ):
+                self._count(self._rows - int(live.sum()), computed, forward)
+                return forward.backward_of_rows(do, groups)
+        self._count(0, self._rows, forward)
+        return forward.backward(do)
+
+    def _reuse_rows(
+        self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
+    ) -> kernel.Gradients:
+        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        if means is None:
+            gradients = self._exact(do, forward, live)
+        else:
+            rows = attention.choose_rows(do, means["do"], method.keep, live)
+            groups = kernel.groups(rows.computed)
+            self._count(0 if live is None else self._rows - int(live.sum()), _rows_in(groups), forward)
+            gradients = attention.fill_in(forward.backward_of_rows(do, groups), rows, means)
+        if self._memories.due(use, method.refresh_every):
+            sample = self._sample(method, use)
+            means = attention.means_for_rows(do, gradients, sample)
+            self._memories.remember(use, means, sizes=(self.shape[2], forward.keys))
+        return gradients
+
+    def _reuse_elements(
+        self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
+    ) -> kernel.Gradients:
+        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        written_out = forward.written_out()
+        gradients, ds = attention.by_elements(do, written_out, means, method, live)
+        self._count(0, self._rows, forward)
+        if self._memories.due(use, method.refresh_every):
+            means = attention.means_for_elements(do, ds, written_out, self._sample(method, use))
+            self._memories.remember(use, means, sizes=(self.shape[2], forward.keys))
+        return forward.like_gradients(gradients)
+
+    def _sample(self, method: Reuse, use: Use) -> int | None:
+        if method.source == "mean":
+            return None
+        return self._memories.draw(self.shape[0], f"{self.seed}/{self.name}/{use}")
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[0] * self.shape[2]
+
+    def keep(self, phase: Phase) -> float:
+        method = phase.attention
+        if self.left_alone or self.held_back or not isinstance(method, Reuse):
+            return 1.0
+        return round(method.keep, 6)
+
+    def _count(self, zero: int, computed: int, forward: kernel.Forward) -> None:
+        _, heads, _, features = self.shape
+        flops = 2 * forward.keys * heads * features  # of one row in one product
+        products = 4 if forward.stored else 5
+        self.counters.backwards += 1
+        self.counters.rows += self._rows
+        self.counters.rows_zero += zero
+        self.counters.rows_computed += computed
+        self.counters.flops_forward += 2 * flops * self._rows
+        self.counters.flops_backward_dense += products * flops * self._rows
+        self.counters.flops_backward += products * flops * computed
+
+    def forget(self) -> None:
+        self._memories.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._memories.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._memories.load_state_dict(state)
+
+
+def _rows_in(groups: list[kernel.Group]) -> int:
+    """How many rows are computed, those that fill up included."""
+    return sum(group.queries.numel() for group in groups)

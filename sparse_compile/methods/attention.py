@@ -1,0 +1,153 @@
+"""Reuse in attention: earlier gradients stand in for the query rows, or entries, that are not computed.
+
+Shapes as in ``kernels/attention.py``; a bar is a batch mean, or one sample's (``source``), of an earlier
+backward; everything is per head.
+
+**Elements** (and n:m), after C-Sharp. S(·) is the largest part, the rest set to zero:
+
+    dV = A'ᵀ · S(dO − dŌ) + Ā'ᵀ · dŌ          dA' = S(dO − dŌ) · Vᵀ + dŌ · V̄ᵀ
+    dQ = S(dS − dS̄) · K + dS̄ · K̄             dK = S(dS − dS̄)ᵀ · Q + dS̄ᵀ · Q̄
+
+with dS from dA' by the softmax's backward. The products of the means are made once for each renewal. The
+published code drops heads and mask; here both are kept. It multiplies dense matrices, and saves no time.
+
+**Rows**. Each query row of dO goes through the backward alone, and linearly. So the rows in which dO differs
+most from dŌ are computed, exactly. What the others would have given is filled in with means of the gradients:
+
+    dQ_t = dQ̄_t        dK += f · dK̄        dV += f · dV̄
+
+for a row t that was dropped, f being the share of the sample's dO (in the sum of its rows' norms) that was.
+The means are those of the estimates, which makes them running averages: what they hold of dropped rows is
+older. (Means of the true gradients would need all rows.)
+
+A row whose dO is zero in all heads has no gradient, and nothing is filled in there; nor for a key that no row
+of its sample attends to, padding for instance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.attention import Gradients, WrittenOut
+from sparse_compile.kernels.attention_chain import scores_gradient
+from sparse_compile.methods import exact, reuse
+from sparse_compile.phases import parse_n_m
+from sparse_compile.settings.reuse import Reuse
+
+Means = dict[str, Tensor]  # what is remembered, by name; each is one sample's size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChosenRows:
+    """Which query rows are computed.
+
+    Attributes:
+        computed: bool [B, T].
+        dropped: bool [B, T], the others whose dO is not zero.
+        share: f [B], of each sample's dO in the dropped ones.
+    """
+
+    computed: Tensor
+    dropped: Tensor
+    share: Tensor
+
+
+def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> ChosenRows:
+    """The round(keep · B · T) query rows with the largest ‖dO − dŌ‖ over all heads, whichever samples they
+    are of (fewer if fewer are not zero).
+
+    Args:
+        do: [B, H, T, D].
+        mean: dŌ, [H, T, D].
+        live: bool [B, T], the rows that are not zero; None if none is.
+    """
+    b, _, t, _ = do.shape
+    rows = do.transpose(1, 2).reshape(b * t, -1)
+    base = mean.transpose(0, 1).reshape(t, -1)
+    chosen = reuse.rows(rows, base, keep, None if live is None else live.view(-1))
+    computed = torch.zeros(b * t, dtype=torch.bool, device=do.device)
+    computed[chosen.kept] = True
+    dropped = cast(Tensor, chosen.dropped).view(b, t)
+    norms = torch.linalg.vector_norm(rows, dim=1).view(b, t)
+    share = (norms * dropped).sum(1) / norms.sum(1).clamp_min(torch.finfo(norms.dtype).tiny)
+    return ChosenRows(computed.view(b, t), dropped, share)
+
+
+def fill_in(gradients: Gradients, rows: ChosenRows, means: Means) -> Gradients:
+    """Add what stands in for the dropped rows to the gradients of the computed ones, in place."""
+    dq, dk, dv = gradients
+    dq.transpose(1, 2)[rows.dropped] = means["dq"].transpose(0, 1)[rows.dropped.nonzero()[:, 1]]
+    attended = exact.live_queries(dv)
+    share = rows.share.unsqueeze(1) if attended is None else rows.share.unsqueeze(1) * attended
+    weight = share.view(len(dv), 1, -1, 1).to(dv.dtype)
+    dk.addcmul_(means["dk"].unsqueeze(0), weight)
+    dv.addcmul_(means["dv"].unsqueeze(0), weight)
+    return dq, dk, dv
+
+
+def means_for_rows(do: Tensor, gradients: Gradients, sample: int | None) -> Means:
+    """What later backwards fill in.
+
+    Args:
+        sample: which one to remember; None for the mean over all.
+    """
+    named = zip(("do", "dq", "dk", "dv"), (do, *gradients), strict=True)
+    return {name: _one(x, sample) for name, x in named}
+
+
+def by_elements(
+    do: Tensor, f: WrittenOut, means: Means | None, method: Reuse, live: Tensor | None
+) -> tuple[Gradients, Tensor]:
+    """((dQ, dK, dV), dS), dS before its own entries are chosen.
+
+    Args:
+        means: of an earlier backward, or None: then all is exact.
+        live: bool [B, T], the rows that are not zero; None if none is.
+    """
+    alive = None if live is None else live[:, None, :, None]
+
+    def masked(x: Tensor) -> Tensor:
+        return x if alive is None else torch.where(alive, x, torch.zeros_like(x))
+
+    q, k, v, a = f.q, f.k, f.v, f.dropped
+    if means is None:
+        ds = scores_gradient(do @ v.mT, a, f.probabilities) * f.scale
+        return (ds @ k, ds.mT @ q, a.mT @ do), ds
+    attended = (a != 0).any(2, keepdim=True).any(1, keepdim=True).transpose(2, 3)
+    for_da, for_dv = _largest(masked(do - means["do"]), method)
+    dv = a.mT @ for_dv + means["dv"] * attended
+    da = masked(for_da @ v.mT + means["da"])
+    ds = masked(scores_gradient(da, a, f.probabilities) * f.scale)
+    for_dq, for_dk = _largest(masked(ds - means["ds"]), method)
+    dq = masked(for_dq @ k + means["dq"])
+    return (dq, for_dk.mT @ q + means["dk"] * attended, dv), ds
+
+
+def means_for_elements(do: Tensor, ds: Tensor, f: WrittenOut, sample: int | None) -> Means:
+    """dŌ, dS̄ and the four products of means that later backwards add; ``sample`` as above."""
+    a, o, s, q, k, v = (_one(x, sample) for x in (f.dropped, do, ds, f.q, f.k, f.v))
+    return {"do": o, "ds": s, "dv": a.mT @ o, "da": o @ v.mT, "dq": s @ k, "dk": s.mT @ q}
+
+
+def _one(x: Tensor, sample: int | None) -> Tensor:
+    return x.mean(0) if sample is None else x[sample].clone()
+
+
+def _largest(residual: Tensor, method: Reuse) -> tuple[Tensor, Tensor]:
+    """S(R) for the product that contracts R's last dimension, and for the one that contracts its queries: the
+    same single entries of R [B, H, T, …], or by n:m the largest of neighbours along what is contracted."""
+    ratio = method.phases[0][0]
+    if isinstance(ratio, str):
+        n, m = parse_n_m(ratio)
+        along_last = torch.where(reuse.largest_of_neighbours(residual.abs(), n, m), residual, 0)
+        queries = residual.mT
+        along_queries = torch.where(reuse.largest_of_neighbours(queries.abs(), n, m), queries, 0)
+        return along_last, along_queries.mT
+    kept = residual.abs().flatten().topk(reuse.count(method.keep, residual.numel()), sorted=False).indices
+    some = torch.zeros_like(residual, memory_format=torch.contiguous_format)
+    some.view(-1)[kept] = residual.flatten()[kept]
+    return some, some
