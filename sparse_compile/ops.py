@@ -144,8 +144,8 @@ def _attention_backward(
 def _attention(token: Tensor, site: int, do: Tensor, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
     attention, use, phase = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
     assert isinstance(attention, AttentionSite)
-    exact = phase is None or attention.controller.measures(phase.step)
-    return attention.backward(do, forward, method=None if exact else phase.attention, use=use)
+    method = None if phase is None or attention.controller.measures(phase.step) else phase.attention
+    return attention.backward(do, forward, method=method, use=use)
 
 
 @torch.library.register_fake("sparse_compile::begin")
