@@ -323,9 +323,9 @@ def closed_form(model, shares, batches):
     return sgd, act
 
 
-# The truth has 5 % of error of its own, from 150 batches. The closed form is 7 to 14 % low: Hájek's formula is,
-# for draws of 4 to 12 of 16, and it takes the samples behind the first block as drawn at once, where in truth
-# they are drawn from those that the second block left over.
+# The truth has 5 % of error of its own, from 150 batches. The closed form is 7 to 14 % low: Hájek's formula
+# is, for draws of 4 to 12 of 16, and it takes the samples behind the first block as drawn at once, where in
+# truth they are drawn from those that the second block left over.
 @pytest.mark.parametrize("shares", [(0.5, 0.75), (0.25, 0.5), (0.5, 0.5)])
 def test_the_closed_form_agrees_with_the_papers_monte_carlo_probing(shares):
     """One ordinary backward of each batch says what 16 more with sampling say, for every weight."""
