@@ -276,13 +276,14 @@ def test_a_batch_that_says_nothing_of_variance_is_no_measurement():
 
 
 def test_a_batch_of_one_sample_leaves_nothing_to_the_next_measurement():
-    one, two = (Controller(Schedule.vcas(act_tau=0.1)) for _ in range(2))
+    one, two = (Controller(Schedule.vcas(act_tau=0.1, s_step=0.5)) for _ in range(2))
     two.observe_samples("layer.1", torch.ones(1, dtype=F64), sample.Draw("0"))
     two.end_of_step(0)
     for controller in (one, two):
         Recorded(1).show(controller)
         controller.end_of_step(100)
     assert one.state_dict() == two.state_dict()
+    assert one.sample_share("layer.1") < 1
 
 
 def test_a_weight_whose_rows_are_other_samples_than_the_blocks_has_no_variance_of_samples():
