@@ -102,7 +102,7 @@ def _block_of(node: Node, where: str | None, holders: set[str]) -> Block | None:
     return None
 
 
-def _inputs(block: Block, blocks: dict[Node, Block]) -> set[torch.Size | None]:
+def _inputs(block: Block, blocks: dict[Node, Block]) -> set[tuple[str, ...]]:
     """The shapes of what a block reads from outside."""
     return {
         _shape(source)
@@ -113,9 +113,10 @@ def _inputs(block: Block, blocks: dict[Node, Block]) -> set[torch.Size | None]:
     }
 
 
-def _shape(node: Node) -> torch.Size | None:
+def _shape(node: Node) -> tuple[str, ...]:
+    """As text: sizes that are symbols cannot be hashed, and comparing them would make guards of them."""
     value = node.meta.get("example_value")
-    return value.shape if isinstance(value, Tensor) else None
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else ()
 
 
 def _is_hidden_state(node: Node) -> bool:

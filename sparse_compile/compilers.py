@@ -65,7 +65,16 @@ def with_aot_eager(gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite) -> 
     def as_is(graph: GraphModule, _: Sequence[Any]) -> Compiled:
         return make_boxed_func(graph.forward)
 
+    def without_gradient(graph: GraphModule, graph_inputs: Sequence[Any]) -> Compiled:
+        rewrite(graph.graph)
+        graph.recompile()
+        return as_is(graph, graph_inputs)
+
     backend = aot_autograd(
-        fw_compiler=as_is, bw_compiler=as_is, partition_fn=partition, keep_inference_input_mutations=True
+        fw_compiler=as_is,
+        bw_compiler=as_is,
+        inference_compiler=without_gradient,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
     )
     return backend(gm, inputs)

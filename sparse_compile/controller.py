@@ -73,6 +73,7 @@ class Controller:
         self._row_shares: dict[str, float] = {}
         self._seen_blocks: dict[str, Block] = {}
         self._seen_weights: dict[str, Weight] = {}
+        self._overflowed = False  # after some of it was seen
 
     @property
     def active(self) -> bool:
@@ -93,7 +94,7 @@ class Controller:
 
     def observe_samples(self, name: str, norms: Tensor, draw: sample.Draw) -> None:
         """The gradient norms behind a block, [B]. Only the first batch of a step is looked at."""
-        if self.blocks is None or name in self._seen_blocks or not bool(norms.any()):
+        if self.blocks is None or self._seen(name, self._seen_blocks) or not bool(norms.any()):
             return
         k = sample.count(self.sample_share(name), len(norms))
         p = sample.probabilities(norms, k)
@@ -105,14 +106,16 @@ class Controller:
     def observe_rows(self, name: str, dy: Tensor, x: Tensor, dw: Tensor, tokens: int) -> None:
         """The backward of a weight: dY [N, O], X [N, I] and its exact gradient, of any shape."""
         samples = len(dy) // tokens
-        if name in self._seen_weights or samples < 2 or len(dy) % tokens:
+        if self._seen(name, self._seen_weights) or samples < 2 or len(dy) % tokens:
             return
         wide = sample.wide(dy.dtype)
         dy, x, dw = dy.to(wide), x.to(wide), dw.to(wide)
         squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1))
         total = float(dw.square().sum())
         if not math.isfinite(total) or not bool(squares.isfinite().all()):
-            return  # an overflow under mixed precision, whose step will be skipped
+            # An overflow under mixed precision, whose step will be skipped.
+            self._overflowed = bool(self._seen_blocks or self._seen_weights)
+            return
         sgd = vcas.sgd_variance(squares, total)
         block = next(reversed(self._seen_blocks), None)
         act = 0.0
@@ -122,6 +125,18 @@ class Controller:
             dy = dy * seen.weights.repeat_interleave(tokens).to(dy).unsqueeze(1)
         rows, share = self._measure_rows(name, dy, x, sgd)
         self._seen_weights[name] = Weight(squares, sgd, act, rows, share, block)
+
+    def _seen(self, name: str, seen: dict[str, Any]) -> bool:
+        """Whether the step has shown it already. What a backward that overflowed has shown is forgotten as
+        soon as the next one begins: that is another batch, at another scale of the loss."""
+        if name in seen and self._overflowed:
+            self._forget()
+        return name in seen
+
+    def _forget(self) -> None:
+        self._seen_blocks.clear()
+        self._seen_weights.clear()
+        self._overflowed = False
 
     def _measure_rows(self, name: str, dy: Tensor, x: Tensor, sgd: float) -> tuple[float, float]:
         """The variance that drawing rows adds at the present share, and the smallest share that may be."""
@@ -147,10 +162,12 @@ class Controller:
 
     def end_of_step(self, step: int) -> None:
         """New shares, if the step that ends was a measurement."""
-        if not self._seen_weights:
-            return
+        if self._overflowed:
+            self._forget()
         blocks, weights = self._seen_blocks, self._seen_weights
         self._seen_blocks, self._seen_weights = {}, {}
+        if not weights:
+            return
         sgd = sum(weight.sgd for weight in weights.values())
         act = sum(weight.act for weight in weights.values())
         if self.blocks is not None and blocks:

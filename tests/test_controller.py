@@ -248,6 +248,22 @@ def test_a_gradient_that_is_not_finite_is_no_measurement(bad):
     assert controller.row_share("head") == 1.0
 
 
+def test_what_was_seen_before_an_overflow_in_the_same_backward_is_forgotten():
+    """Its step is skipped, and the batch that comes next is another, at another scale of the loss."""
+    one, two = (Controller(Schedule.vcas(act_tau=0.1)) for _ in range(2))
+    for step in range(3):
+        overflow = Recorded(100 + step)
+        overflow.linears["layer.0.up"][0][7, 1] = math.inf
+        overflow.show(two)
+        for controller in (one, two):
+            Recorded(step).show(controller)
+            controller.end_of_step(step)
+    assert one.state_dict() == two.state_dict()
+    overflow.show(two)
+    two.end_of_step(3)
+    assert one.state_dict() == two.state_dict()
+
+
 def test_a_batch_that_says_nothing_of_variance_is_no_measurement():
     """One sample, or rows that are not so many of each sample, or no gradient at all."""
     controller = Controller(Schedule.vcas())
@@ -257,6 +273,17 @@ def test_a_batch_that_says_nothing_of_variance_is_no_measurement():
     controller.observe_samples("layer.0", torch.zeros(4), sample.Draw("0"))
     controller.end_of_step(0)
     assert controller.history == []
+
+
+def test_a_batch_of_one_sample_leaves_nothing_to_the_next_measurement():
+    one, two = (Controller(Schedule.vcas(act_tau=0.1, s_step=0.5)) for _ in range(2))
+    two.observe_samples("layer.1", torch.ones(1, dtype=F64), sample.Draw("0"))
+    two.end_of_step(0)
+    for controller in (one, two):
+        Recorded(1).show(controller)
+        controller.end_of_step(100)
+    assert one.state_dict() == two.state_dict()
+    assert one.sample_share("layer.1") < 1
 
 
 def test_a_weight_whose_rows_are_other_samples_than_the_blocks_has_no_variance_of_samples():

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from sparse_compile import Sample, Schedule
+from sparse_compile import Reuse, Sample, Schedule
 
 
 def refused(*parts: str):
@@ -87,3 +87,131 @@ def test_round_trip_through_json(method):
     assert again == schedule
     assert hash(again) == hash(schedule)
     assert again.linear == method
+
+
+# Adaptive
+
+
+@pytest.mark.parametrize("field", ["act_tau", "weight_tau"])
+@pytest.mark.parametrize("value", [0, -0.1, math.inf, math.nan, "0.1", True, None])
+def test_tau_that_is_no_positive_number_is_refused(field, value):
+    with refused(f"Sample.adaptive: {field} is {value!r}; allowed is a finite number > 0"):
+        Sample.adaptive(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["s_step", "ratio_step"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan, "0.1", True])
+def test_steps_outside_their_range_are_refused(field, value):
+    with refused(f"Sample.adaptive: {field} is {value!r}; allowed is a number in (0, 1)"):
+        Sample.adaptive(**{field: value})
+
+
+@pytest.mark.parametrize("value", [1, -0.1, math.nan, "0.1", False])
+def test_smoothing_outside_its_range_is_refused(value):
+    with refused(f"Sample.adaptive: smoothing is {value!r}; allowed is a number in [0, 1)"):
+        Sample.adaptive(smoothing=value)
+
+
+def test_no_smoothing_is_allowed():
+    assert Sample.adaptive(smoothing=0).smoothing == 0.0
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "100", True, None])
+def test_frequency_that_is_no_positive_int_is_refused(value):
+    with refused(f"Sample.adaptive: cal_var_freq is {value!r}; allowed is an int >= 1"):
+        Sample.adaptive(cal_var_freq=value)
+
+
+@pytest.mark.parametrize("value", ["solved", "", None, 1])
+def test_unknown_update_is_refused(value):
+    with refused(f"Sample.adaptive: update is {value!r}; allowed is ", '"step" or "solve"'):
+        Sample.adaptive(update=value)
+
+
+@pytest.mark.parametrize("value", ["", 3, ["BertLayer"]])
+def test_where_that_is_no_name_is_refused(value):
+    allowed = "None, a class name or a pattern of module paths"
+    with refused(f"Sample.adaptive: where is {value!r}; allowed is {allowed}"):
+        Sample.adaptive(where=value)
+    with refused(f"Sample.where is {value!r}; allowed is {allowed}"):
+        Sample(0.5, where=value)
+
+
+def test_adaptive_takes_no_share():
+    with pytest.raises(TypeError, match="keep"):
+        Sample.adaptive(keep=0.5)
+
+
+def test_the_papers_defaults():
+    found = Sample.adaptive()
+    assert (found.act_tau, found.weight_tau, found.cal_var_freq) == (0.025, 0.025, 100)
+    assert (found.s_step, found.ratio_step, found.update) == (0.01, 0.95, "step")
+
+
+def test_adaptive_does_not_depend_on_the_step():
+    adaptive = Sample.adaptive()
+    assert adaptive.at(0.0) is adaptive.at(0.7) is adaptive
+    assert not adaptive.needs_total_steps
+    assert Schedule.vcas().at(12_345).blocks == adaptive
+
+
+# As part of a schedule
+
+
+def test_vcas_samples_both_blocks_and_rows():
+    schedule = Schedule.vcas(act_tau=0.1, where="BertLayer", exclude="head", skip_layers=0, total_steps=10)
+    adaptive = Sample.adaptive(act_tau=0.1, where="BertLayer")
+    assert schedule == Schedule(
+        blocks=adaptive, linear=adaptive, exclude="head", skip_layers=0, total_steps=10
+    )
+
+
+def test_an_unknown_option_of_vcas_is_refused():
+    with pytest.raises(TypeError, match="tau"):
+        Schedule.vcas(tau=0.1)
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, Reuse(0.9), "sample", True, Sample, {"method": "sample", "keep": 0.5}]
+)
+def test_blocks_take_sampling_only(value):
+    with refused("Schedule.blocks is ", "; allowed is None or Sample or Adaptive, e.g. blocks=Sample(0.9)"):
+        Schedule(blocks=value)
+
+
+@pytest.mark.parametrize("field", ["attention", "saved_activations", "weight_gradients"])
+def test_sampling_is_not_available_elsewhere(field):
+    with refused(f"Schedule.{field}: ", "is not available in this version"):
+        Schedule(**{field: Sample.adaptive()})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.vcas(),
+        Schedule.vcas(cal_var_freq=7, update="solve", smoothing=0, where="layer.*", include="encoder"),
+        Schedule(blocks=Sample(0.5, clip=2, where="BertLayer")),
+        Schedule(blocks=Sample([(1.0, 0.0), (0.25, 0.5)]), linear=Sample.adaptive(), total_steps=10),
+    ],
+)
+def test_schedules_of_blocks_through_json(schedule):
+    again = Schedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+    assert (type(again.blocks), type(again.linear)) == (type(schedule.blocks), type(schedule.linear))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "parts"),
+    [
+        (
+            {"method": "reuse", "ratio": 0.9},
+            ["Schedule.blocks[\"method\"] is 'reuse'", '"sample" or "adaptive"'],
+        ),
+        ({"method": "adaptive", "keep": 0.5}, ["Schedule.blocks has the unknown key 'keep'", "act_tau"]),
+        ({"method": "sample"}, ["Schedule.blocks lacks the key 'keep'"]),
+    ],
+)
+def test_blocks_of_a_dict_are_checked(blocks, parts):
+    with refused(*parts):
+        Schedule.from_dict({"blocks": blocks})
