@@ -24,8 +24,8 @@ def _seed() -> None:
 
 
 def batch(tokens: int = TOKENS, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, the keys that are no padding, and the queries that count in the loss: the gradient of all others
-    is zero."""
+    """Inputs, the keys that are no padding, and the queries that count in the loss: others have a gradient of
+    zero."""
     real = torch.arange(tokens) < torch.tensor(lengths).unsqueeze(1)
     mask = real[:, None, None, :].expand(-1, 1, tokens, -1)
     return torch.randn(len(lengths), tokens, FEATURES, dtype=torch.float64), mask, real
