@@ -141,7 +141,7 @@ def _one(x: Tensor, sample: int | None) -> Tensor:
     """
     if sample is not None:
         return x[sample].clone()
-    order = sorted(range(1, x.dim()), key=lambda dim: -x.stride(dim))
+    order = sorted(range(1, x.dim()), key=lambda dim: -x.stride()[dim])
     mean = x.permute(0, *order).mean(0)
     return mean.permute([order.index(dim) for dim in range(1, x.dim())])
 
