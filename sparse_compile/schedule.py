@@ -17,6 +17,7 @@ from numbers import Integral
 from typing import Any, TypeAlias, cast
 
 from sparse_compile.checks import integer, listed, near, one_of, store, wrong
+from sparse_compile.phases import Ratio
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
@@ -127,6 +128,28 @@ class Schedule:
         known = [field.name for field in fields(Adaptive)]
         adaptive = Sample.adaptive(**{name: settings.pop(name) for name in known if name in settings})
         return replace(cls.exact(**settings), blocks=adaptive, linear=adaptive)
+
+    @classmethod
+    def c_sharp(
+        cls,
+        linear: Ratio | Sequence[tuple[Ratio, float]] = ((0.0, 0), (0.9, 0.25)),
+        attention: Ratio | Sequence[tuple[Ratio, float]] = ((0.0, 0), (0.9, 0.25)),
+        skip_layers: int | Sequence[int] = (0, -1),
+        **options: Any,
+    ) -> "Schedule":
+        """C-Sharp (huanyic1/Masters_Project), for linears and attentions, each with a schedule of its own.
+
+        Of the difference to the batch mean of the previous backward the single entries of largest magnitude
+        are kept, or, with a ratio like "2:4", the largest of neighbours. A schedule is C-Sharp's own list of
+        [ratio, start] pairs, start a fraction of training, or one ratio for all of it. The first and last
+        blocks get exact skipping only. `options` are `include`, `exclude` and `total_steps`.
+
+        Raises:
+            ValueError: as by the constructor; `total_steps` is needed if a phase starts after 0.
+        """
+        methods = [Reuse(linear), Reuse(attention)]  # an N:M ratio has chosen its granularity by now
+        single = [m if m.granularity == "n:m" else replace(m, granularity="element") for m in methods]
+        return replace(cls.exact(skip_layers=skip_layers, **options), linear=single[0], attention=single[1])
 
     def fraction(self, step: int) -> float:
         """The share of training done after `step` optimizer steps, in [0, 1]; 0.0 without `total_steps`.

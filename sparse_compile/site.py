@@ -1,6 +1,6 @@
 """What every kind of site has: a name, a method, and the sums that the report is made of.
 
-The kinds are in files of their own: ``linear_site.py``, ``block_site.py``.
+The kinds are in files of their own: ``linear_site.py``, ``attention_site.py``, ``block_site.py``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from sparse_compile.runtime import NO_TOKEN
 
 begin = torch.ops.sparse_compile.begin.default
 linear_backward = torch.ops.sparse_compile.linear_backward.default
+attention_backward = torch.ops.sparse_compile.attention_backward.default
+fused_attention_backward = torch.ops.sparse_compile.fused_attention_backward.default
 
 ROWS, INPUTS, OUTPUTS = 6, 5, 4
 
@@ -101,3 +103,53 @@ def test_token_of_a_backend_that_is_gone() -> None:
     dy, x, w = tensors()
     rows, index, _ = linear_backward(torch.tensor([10**9, 3, 0]), dy, x, w, 7, 1, False)
     torch.testing.assert_close(rows[index], dy @ w)
+
+
+def fused_arguments(dtype: torch.dtype, causal: bool, masked: bool) -> tuple[object, ...]:
+    """dO, Q, K, V, O, log-sum-exp, causal, mask and scale; queries in the last half are zero in dO."""
+    q, do = (torch.randn(2, 8, 3, 4, dtype=dtype).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(2, 5, 3, 4, dtype=dtype).transpose(1, 2) for _ in range(2))
+    mask = torch.randn(2, 1, 8, 5, dtype=dtype) if masked else None
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=0.5
+    )
+    do[:, :, 4:] = 0
+    return do, q, k, v, out, lse, causal, mask, 0.5
+
+
+def chain_arguments(dtype: torch.dtype, dropout: bool) -> tuple[object, ...]:
+    """dO, A', A, V, Q, Kᵀ, the scale and the heads; as above."""
+    q, do = (torch.randn(6, 8, 4, dtype=dtype) for _ in range(2))
+    kt, v = torch.randn(6, 4, 5, dtype=dtype), torch.randn(6, 5, 4, dtype=dtype)
+    a = torch.softmax(0.5 * q @ kt, -1)
+    do[:, 4:] = 0
+    return (
+        do,
+        (a * 2) * (a > 0.2) if dropout else a,
+        a.view(2, 3, 8, 5) if dropout else None,
+        v,
+        q,
+        kt,
+        0.5,
+        3,
+    )
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
+def test_opcheck_fused_attention_backward(
+    causal: bool, masked: bool, dtype: torch.dtype, skip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays_in_attention", lambda *_, **__: skip)
+    torch.library.opcheck(fused_attention_backward, (token(), 0, *fused_arguments(dtype, causal, masked)))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_opcheck_attention_backward(
+    dropout: bool, dtype: torch.dtype, skip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays_in_attention", lambda *_, **__: skip)
+    torch.library.opcheck(attention_backward, (token(), 0, *chain_arguments(dtype, dropout)))

@@ -59,6 +59,32 @@ def test_resprop_has_the_choices_of_its_paper():
     assert Schedule.resprop() == Schedule(linear=Reuse(0.9, "element", "sample"))
 
 
+def test_c_sharp_reads_its_own_lists():
+    schedule = Schedule.c_sharp(
+        linear=[[0.0, 0], [0.9, 0.25]], attention=[["2:4", 0], [0.0, 0.5]], skip_layers=[0], total_steps=8
+    )
+    assert schedule == Schedule(
+        linear=Reuse([(0.0, 0.0), (0.9, 0.25)], "element", "mean"),
+        attention=Reuse([("2:4", 0.0), (0.0, 0.5)], "n:m", "mean"),
+        skip_layers=0,
+        total_steps=8,
+    )
+    assert [schedule.at(step).attention.keep for step in (3, 4)] == [0.5, 1.0]
+    assert Schedule.c_sharp(0.9, 0.8).attention == Reuse(0.8, "element")
+    assert Schedule.c_sharp(total_steps=4).skip_layers == (0, -1)
+
+
+def test_c_sharp_needs_the_length_of_training_for_its_defaults():
+    with refused("fractions without total_steps have no meaning"):
+        Schedule.c_sharp()
+
+
+@pytest.mark.parametrize("lists", [{"linear": [0.9]}, {"attention": [[1.0, 0]]}, {"attention": [[0.9, 0.5]]}])
+def test_c_sharp_refuses_wrong_lists(lists):
+    with refused("Reuse.ratio"):
+        Schedule.c_sharp(**lists, total_steps=4)
+
+
 @pytest.mark.parametrize("preset", [Schedule.exact, Schedule.resprop])
 def test_preset_passes_options_through(preset):
     options = {"include": ("a",), "exclude": ("b",), "skip_layers": (0,), "total_steps": 7}
@@ -271,6 +297,8 @@ SCHEDULES = [
     Schedule(linear=Reuse(DENSE_THEN_REUSE), total_steps=10_000, exclude=["head"], skip_layers=(0, -1)),
     Schedule(linear=Reuse([("2:4", 0.0), ("3:4", 0.25), (0.0, 0.5)]), total_steps=3),
     Schedule.resprop(0.5),
+    Schedule(attention=Reuse("2:4", refresh_every=3)),
+    Schedule.c_sharp(total_steps=100),
 ]
 
 
@@ -338,7 +366,8 @@ def test_absent_keys_have_their_defaults(values):
         ({"linear": {"ratio": 0.9}}, ['Schedule.linear["method"] is None', '"reuse"']),
         ({"linear": {"method": ["reuse"]}}, ["Schedule.linear[\"method\"] is ['reuse']"]),
         ({"linear": 0.9}, ["Schedule.linear is 0.9", "linear=Reuse(0.9)"]),
-        ({"attention": {"method": "reuse", "ratio": 0.9}}, ["Schedule.attention: {'method'", "only None is"]),
+        ({"attention": {"method": "sample", "keep": 0.1}}, ["Schedule.attention[\"method\"] is 'sample'"]),
+        ({"blocks": {"method": "reuse", "ratio": 0.9}}, ["Schedule.blocks: {'method'", "only None is"]),
     ],
 )
 def test_from_dict_refuses_with_a_sentence(values, parts):

@@ -80,7 +80,7 @@ def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> C
 def fill_in(gradients: Gradients, rows: ChosenRows, means: Means) -> Gradients:
     """Add what stands in for the dropped rows to the gradients of the computed ones, in place."""
     dq, dk, dv = gradients
-    dq.transpose(1, 2)[rows.dropped] = means["dq"].transpose(0, 1)[rows.dropped.nonzero()[:, 1]]
+    torch.where(rows.dropped[:, None, :, None], means["dq"], dq, out=dq)
     attended = exact.live_queries(dv)
     share = rows.share.unsqueeze(1) if attended is None else rows.share.unsqueeze(1) * attended
     weight = share.view(len(dv), 1, -1, 1).to(dv.dtype)
@@ -134,7 +134,16 @@ def means_for_elements(do: Tensor, ds: Tensor, f: WrittenOut, sample: int | None
 
 
 def _one(x: Tensor, sample: int | None) -> Tensor:
-    return x.mean(0) if sample is None else x[sample].clone()
+    """The mean over the samples, or one of them, laid out as x is.
+
+    Summed in the order of memory: with heads side by side there, 16 samples of 128 rows of 768 take 0.2 ms,
+    and 3 ms in the order of the dimensions (one core).
+    """
+    if sample is not None:
+        return x[sample].clone()
+    order = sorted(range(1, x.dim()), key=lambda dim: -x.stride()[dim])
+    mean = x.permute(0, *order).mean(0)
+    return mean.permute([order.index(dim) for dim in range(1, x.dim())])
 
 
 def _largest(residual: Tensor, method: Reuse) -> tuple[Tensor, Tensor]:
