@@ -101,3 +101,31 @@ def test_token_of_a_backend_that_is_gone() -> None:
     dy, x, w = tensors()
     rows, index, _ = linear_backward(torch.tensor([10**9, 3, 0]), dy, x, w, 7, 1, False)
     torch.testing.assert_close(rows[index], dy @ w)
+
+
+boundary = torch.ops.sparse_compile.boundary.default
+sample_weights = torch.ops.sparse_compile.sample_weights.default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_boundary(dtype: torch.dtype) -> None:
+    h = torch.randn(3, 4, 5).to(dtype)
+    torch.library.opcheck(boundary, (h.requires_grad_(), 1))
+    torch.library.opcheck(torch.ops.sparse_compile.boundary_gradient.default, (h.detach(), 1))
+
+
+def test_boundary_is_the_identity_and_so_is_its_gradient() -> None:
+    h, dh = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    out = boundary(h, 0)
+    out.backward(dh)
+    assert torch.equal(out, h)
+    assert h.grad is not None
+    assert torch.equal(h.grad, dh)
+
+
+def test_opcheck_sample_weights() -> None:
+    torch.library.opcheck(sample_weights, (token(), torch.rand(ROWS), 0), test_utils=CHECKS)
+
+
+def test_without_a_backend_every_sample_is_kept() -> None:
+    assert torch.equal(sample_weights(token(), torch.rand(ROWS), 0), torch.ones(ROWS))
