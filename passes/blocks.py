@@ -152,10 +152,21 @@ def rewrite_blocks(graph: Graph, token: Node | None, paths: Sequence[str]) -> di
                 rewritten=True,
             )
         else:
-            result = node.args[0]
+            result = _without_mark(graph, node)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     return ops
+
+
+def _without_mark(graph: Graph, mark: Node) -> Node:
+    """What was marked; a copy where the trace went on with another layout than it has (a slice, say), since
+    views that follow count on it."""
+    marked: Node = mark.args[0]  # type: ignore[assignment]
+    before, after = (list(map(str, n.meta["val"].stride())) for n in (marked, mark))
+    if before == after:
+        return marked
+    with graph.inserting_before(mark):
+        return g.call(graph, aten.clone.default, marked, like=mark)
 
 
 def _sample(graph: Graph, node: Node, token: Node) -> tuple[Node, Node]:

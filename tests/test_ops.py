@@ -153,3 +153,31 @@ def test_opcheck_attention_backward(
 ) -> None:
     monkeypatch.setattr("sparse_compile.methods.exact.skip_pays_in_attention", lambda *_, **__: skip)
     torch.library.opcheck(attention_backward, (token(), 0, *chain_arguments(dtype, dropout)))
+
+
+boundary = torch.ops.sparse_compile.boundary.default
+sample_weights = torch.ops.sparse_compile.sample_weights.default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_boundary(dtype: torch.dtype) -> None:
+    h = torch.randn(3, 4, 5).to(dtype)
+    torch.library.opcheck(boundary, (h.requires_grad_(), 1))
+    torch.library.opcheck(torch.ops.sparse_compile.boundary_gradient.default, (h.detach(), 1))
+
+
+def test_boundary_is_the_identity_and_so_is_its_gradient() -> None:
+    h, dh = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    out = boundary(h, 0)
+    out.backward(dh)
+    assert torch.equal(out, h)
+    assert h.grad is not None
+    assert torch.equal(h.grad, dh)
+
+
+def test_opcheck_sample_weights() -> None:
+    torch.library.opcheck(sample_weights, (token(), torch.rand(ROWS), 0), test_utils=CHECKS)
+
+
+def test_without_a_backend_every_sample_is_kept() -> None:
+    assert torch.equal(sample_weights(token(), torch.rand(ROWS), 0), torch.ones(ROWS))

@@ -13,7 +13,7 @@ import zoo
 from reference_vcas import Blocks
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from tracing import Model, layer, value
+from tracing import Model, assert_close, differentiable, layer, step, value
 
 from sparse_compile import Sample, Schedule, SparseBackend, passes, sparse_backend
 
@@ -285,3 +285,16 @@ def test_dynamic_batch_sizes() -> None:
         blocks = [site for site in backend.report().sites if site.kind == "block"]
         assert [site.shape for site in blocks] == [(batch,)] * 4
     assert len(backend.graphs) == 1
+
+
+def test_a_block_that_returns_a_slice() -> None:
+    """The mark copies it, so that the next layer's views are of a contiguous tensor; they must stay so."""
+
+    def block() -> nn.Module:
+        return Model(lambda m, x: torch.tanh(m.lin(x))[:, 1:], lin=layer(6, 6))
+
+    model = Model(lambda m, x: m.head(m.blocks(x)), blocks=nn.Sequential(block(), block()), head=layer())
+    x = value(4, 5, 6)
+    wanted = differentiable(model, [x])
+    backend = sparse_backend(Schedule(blocks=Sample(1.0)), compiler="aot_eager")
+    assert_close(step(torch.compile(model, backend=backend), [x], wanted), step(model, [x], wanted))
