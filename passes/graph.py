@@ -4,6 +4,7 @@ which parameters it comes from, what it is called."""
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,11 @@ def shape_of(node: Node) -> torch.Size:
 def sizes(shape: torch.Size | tuple[Any, ...]) -> tuple[int, ...]:
     """The shape in plain integers; a symbolic size becomes the size it had when the graph was traced."""
     return tuple(s if isinstance(s, int) else int(s.node.hint) if s.node.has_hint() else 1 for s in shape)
+
+
+def numel(node: Node) -> int:
+    """The number of entries, in plain integers as :func:`sizes` gives them."""
+    return math.prod(sizes(shape_of(node)))
 
 
 def is_2d_transpose(node: Node) -> bool:
@@ -89,6 +95,15 @@ def module_path(node: Node) -> str:
     return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod"))
 
 
+def module_class(node: Node) -> str:
+    """The name of the class of the innermost module that ran the node; empty where there is none."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    found = list(stack.values())[-1][1]
+    return found.rpartition(".")[2] if isinstance(found, str) else found.__name__
+
+
 def site_name(node: Node, weight_names: frozenset[str]) -> str:
     """The name of the site of a forward product: its module path, and the weight's own name unless that
     is the usual ``weight``.
@@ -140,10 +155,21 @@ def call(graph: Graph, target: Any, *args: Any, like: Node) -> Node:
     ``meta["val"]`` from running ``target`` on the fake tensors of its arguments.
     """
     node = graph.call_function(target, args)
-    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
     with like.meta["val"].fake_mode if hasattr(like.meta["val"], "fake_mode") else contextlib.nullcontext():
-        node.meta = {**like.meta, "val": target(*values)}
+        node.meta = {**like.meta, "val": value_of(node)}
     return node
+
+
+def value_of(node: Node) -> Any:
+    """What the target of a node gives for the fake tensors of its arguments."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def size(graph: Graph, node: Node, dim: int) -> int | Node:
+    """One size of a tensor; where it is symbolic, a node inserted to compute it."""
+    found = shape_of(node)[dim]
+    return found if isinstance(found, int) else call(graph, aten.sym_size.int, node, dim, like=node)
 
 
 def input_index(placeholder: Node) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,7 +15,7 @@ from torch import nn
 from sparse_compile import naming
 from sparse_compile.schedule import Schedule
 from sparse_compile.site import Site
-from sparse_compile.sites import SiteRecord
+from sparse_compile.sites import SAVED_KINDS, SavedRecord, SiteRecord
 
 if TYPE_CHECKING:
     from sparse_compile.runtime import Runtime
@@ -69,6 +70,23 @@ class SiteReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SavedReport:
+    """What is packed of one kind of activation that the forward saves for the backward.
+
+    Attributes:
+        kind: ``"linear input"``, ``"activation input"``, ``"norm input"``, ``"attention"`` (operands and
+            probabilities), ``"mask"`` (of dropout and ReLU, to the bit) or ``"other"``.
+        tensors: how many.
+        bytes_dense, bytes_packed: their size, at the shapes that were traced, as they are and packed.
+    """
+
+    kind: str
+    tensors: int
+    bytes_dense: int
+    bytes_packed: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What ``backend.report()`` returns: ``print`` it for a table, ``to_dict()`` for machines.
 
@@ -76,11 +94,14 @@ class Report:
         step: optimizer steps taken.
         schedule: of the backend.
         sites: one for each layer, in the order of the graphs.
+        saved: one for each kind of activation that is packed between forward and backward; empty without
+            ``saved_activations``. What is saved as it is (statistics, say) is not counted.
     """
 
     step: int
     schedule: Schedule
     sites: tuple[SiteReport, ...]
+    saved: tuple[SavedReport, ...] = ()
 
     @property
     def totals(self) -> dict[str, float]:
@@ -99,6 +120,7 @@ class Report:
             "schedule": self.schedule.to_dict(),
             "sites": [{**site.to_dict(), "shape": list(site.shape)} for site in self.sites],
             "totals": self.totals,
+            "saved": [dataclasses.asdict(kind) for kind in self.saved],
         }
 
     def __str__(self) -> str:
@@ -114,6 +136,8 @@ class Report:
             file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140)
         )
         console.print(table)
+        if self.saved:
+            console.print(_saved_table(self.saved))
         return f"{self._title()}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
 
     def _title(self) -> str:
@@ -140,13 +164,42 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
     )
 
 
+def _saved_table(saved: tuple[SavedReport, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("saved for backward", no_wrap=True)
+    for heading in ("tensors", "MB", "MB packed", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total = SavedReport(
+        kind="all of these",
+        tensors=sum(row.tensors for row in saved),
+        bytes_dense=sum(row.bytes_dense for row in saved),
+        bytes_packed=sum(row.bytes_packed for row in saved),
+    )
+    for row in (*saved, total):
+        sizes = (f"{row.bytes_dense / 1e6:.3f}", f"{row.bytes_packed / 1e6:.3f}")
+        table.add_row(row.kind, str(row.tensors), *sizes, f"{row.bytes_packed / row.bytes_dense:.3f}")
+    return table
+
+
+def _saved_reports(records: Iterable[SavedRecord]) -> Iterator[SavedReport]:
+    records = list(records)
+    for kind in SAVED_KINDS:
+        found = [record for record in records if record.kind == kind]
+        if found:
+            dense, packed = sum(r.bytes_dense for r in found), sum(r.bytes_packed for r in found)
+            yield SavedReport(kind=kind, tensors=len(found), bytes_dense=dense, bytes_packed=packed)
+
+
 def make_report(schedule: Schedule, runtime: Runtime) -> Report:
     """The report of a runtime, now."""
     sites = tuple(
         _site_report(name, records, runtime.sites.get(name), runtime)
         for name, records in runtime.records.items()
     )
-    return Report(step=runtime.clock.step, schedule=schedule, sites=sites + _never_compiled(runtime))
+    saved = tuple(_saved_reports(record for records in runtime.saved.values() for record in records))
+    return Report(
+        step=runtime.clock.step, schedule=schedule, sites=sites + _never_compiled(runtime), saved=saved
+    )
 
 
 def _never_compiled(runtime: Runtime) -> tuple[SiteReport, ...]:

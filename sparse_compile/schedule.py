@@ -17,10 +17,12 @@ from numbers import Integral
 from typing import Any, TypeAlias, cast
 
 from sparse_compile.checks import integer, listed, near, one_of, store, wrong
+from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 
-Method: TypeAlias = Reuse | Sample  # the union of all method classes
+LinearMethod: TypeAlias = Reuse | Sample
+Method: TypeAlias = LinearMethod | PruneSaved  # the union of all method classes
 
 # What each field of a Schedule accepts besides None, which is the exact gradient. A further method is
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
@@ -28,7 +30,7 @@ METHODS: dict[str, tuple[type[Method], ...]] = {
     "linear": (Reuse, Sample),
     "attention": (),
     "blocks": (),
-    "saved_activations": (),
+    "saved_activations": (PruneSaved,),
     "weight_gradients": (),
 }
 
@@ -39,10 +41,10 @@ class Phase:
 
     step: int
     fraction: float
-    linear: Method | None
+    linear: LinearMethod | None
     attention: Method | None
     blocks: Method | None
-    saved_activations: Method | None
+    saved_activations: PruneSaved | None
     weight_gradients: Method | None
 
 
@@ -53,7 +55,9 @@ class Schedule:
     Args:
         linear: the method for linear layers, a `Reuse` or a `Sample`. None is exact: only rows of the
             output gradient that are exactly zero are skipped.
-        attention, blocks, saved_activations, weight_gradients: only None in this version.
+        saved_activations: how what is saved for backward is pruned, a `PruneSaved`, in all modules:
+            `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
+        attention, blocks, weight_gradients: only None in this version.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -66,10 +70,10 @@ class Schedule:
         ValueError: a value is not among those above, or fractions are given without `total_steps`.
     """
 
-    linear: Method | None = None
+    linear: LinearMethod | None = None
     attention: Method | None = None
     blocks: Method | None = None
-    saved_activations: Method | None = None
+    saved_activations: PruneSaved | None = None
     weight_gradients: Method | None = None
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
@@ -111,6 +115,14 @@ class Schedule:
         linear = Reuse(ratio, granularity="element", source="sample")
         return replace(cls.exact(**options), linear=linear)
 
+    @classmethod
+    def back_razor(cls, ratio: float = 0.9, **options: Any) -> "Schedule":
+        """Back Razor (Jiang et al., NeurIPS 2022): of what is saved for backward, only the largest entries.
+
+        `options` as in `exact`.
+        """
+        return replace(cls.exact(**options), saved_activations=PruneSaved(ratio))
+
     def fraction(self, step: int) -> float:
         """The share of training done after `step` optimizer steps, in [0, 1]; 0.0 without `total_steps`.
 
@@ -127,7 +139,9 @@ class Schedule:
             ValueError: `step` is not an int >= 0.
         """
         fraction = self.fraction(step)
-        resolved = {field: method and method.at(fraction) for field, method in self._methods().items()}
+        resolved: dict[str, Any] = {
+            field: method and method.at(fraction) for field, method in self._methods().items()
+        }
         return Phase(int(step), fraction, **resolved)
 
     def reason_left_out(self, name: str) -> str | None:
