@@ -1,4 +1,4 @@
-"""A graph with packed activations out of Inductor's on-disk cache: same gradients, and the report is complete."""
+"""A graph with packed activations out of Inductor's on-disk cache: same gradients, and a complete report."""
 
 import json
 import os
