@@ -66,6 +66,13 @@ def strip_transposes(node: Node) -> tuple[Node, bool]:
     return node, transposed
 
 
+def strip_aliases(node: Node) -> Node:
+    """The node below any chain of aliases."""
+    while node.target in _ALIASES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def parameters_below(graph: Graph, parameters: dict[Node, str]) -> dict[Node, frozenset[str]]:
     """For every node computed from parameters (and constants) alone, the names of those parameters.
 

@@ -136,8 +136,11 @@ class _Packer:
 
     def _rewrite_sign(self, reader: Node) -> None:
         """Save what a reader only compares with a number, as ReLU's gradient does, as one bit an entry."""
-        (*dy, value), number = reader.args[:-1], reader.args[-1]
-        if not isinstance(value, Node) or isinstance(number, Node) or not self._is_worth_it(value):
+        (*dy, read), number = reader.args[:-1], reader.args[-1]
+        if not isinstance(read, Node) or isinstance(number, Node):
+            return
+        value = g.strip_aliases(read)
+        if not self._is_worth_it(value):
             return
         test = aten.le.Scalar if dy else reader.target
         with self._graph.inserting_before(value.next):
@@ -244,7 +247,7 @@ def _is_fused_attention(reader: Node) -> bool:
 
 def _attention_output(value: Node) -> tuple[Node, int] | None:
     """The fused attention of the forward whose result ``value`` is, and which of its results."""
-    value, _ = g.strip_transposes(value)
+    value = g.strip_aliases(value)
     if value.target is not operator.getitem or not _is_fused_attention(value.args[0]):  # type: ignore[arg-type]
         return None
     return value.args[0], value.args[1]  # type: ignore[return-value]

@@ -13,7 +13,7 @@ from sparse_compile.passes import graph as g
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile import naming, passes
+from sparse_compile import PruneSaved, naming, passes
 from sparse_compile.sites import SavedRecord, SiteRecord
 
 Run = Callable[..., Any]
@@ -138,10 +138,10 @@ class Tracer:
         (trace,) = self.traces
         return trace
 
-    def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Run:
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], saved: PruneSaved | None = None) -> Run:
         names = {parameter.position: parameter.name for parameter in naming.find_parameters(gm, inputs)}
         called = list(passes.linears_called(gm, names))
-        self.rewrite = functools.partial(passes.rewrite, parameters=names, linears=called)
+        self.rewrite = functools.partial(passes.rewrite, parameters=names, linears=called, saved=saved)
 
         def partition(joint: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
             before = len(list(g.products(joint.graph, backward=True)))
