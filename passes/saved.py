@@ -39,6 +39,7 @@ from sparse_compile.passes.readers import (
     ATTENTION,
     COMPARISONS,
     MASK,
+    OTHER,
     dropout_of,
     is_mask,
     kind_of_read,
@@ -93,6 +94,7 @@ class _Packer:
         self._graph = graph
         self._method = method
         self._below = below
+        self._inner = _inner(graph, below)
         self._kinds: dict[Node, str] = {}
         self._sources: dict[Node, Node] = {}
         self._restored: dict[Node, Node] = {}
@@ -100,7 +102,7 @@ class _Packer:
     def look_at(self, reader: Node) -> None:
         """Note as what the sources of a reader's operands are read; of several kinds the first counts."""
         for value in _forward_values(reader):
-            kind = ATTENTION if _is_fused_attention(reader) else kind_of_read(reader, value)
+            kind = ATTENTION if _is_fused_attention(reader) else self._kind(reader, value)
             if kind is not None:
                 source = self._source(value)
                 self._kinds[source] = min(kind, self._kinds.get(source, kind), key=SAVED_KINDS.index)
@@ -112,7 +114,7 @@ class _Packer:
             self._rewrite_sign(reader)
         else:
             for value in _forward_values(reader):
-                prunes = self._prunable(value) and kind_of_read(reader, value) is not None
+                prunes = self._prunable(value) and self._kind(reader, value) is not None
                 if prunes or (is_mask(value) and self._is_worth_it(value)):
                     reader.replace_input_with(value, self._restore(value, reader))
 
@@ -150,6 +152,11 @@ class _Packer:
                 mask = g.call(self._graph, aten.masked_fill.Scalar, dy[0], mask, 0, like=reader)
         reader.replace_all_uses_with(mask)
         self._graph.erase_node(reader)
+
+    def _kind(self, reader: Node, value: Node) -> str | None:
+        """As what ``reader`` reads ``value``, or None; a plain product may be the loss, and then is None."""
+        kind = kind_of_read(reader, value)
+        return None if kind == OTHER and value not in self._inner else kind
 
     def _prunable(self, value: Node) -> bool:
         """Whether the backward may get ``value`` from the pruned form of an activation."""
@@ -234,6 +241,16 @@ class _Packer:
                 bytes_packed=sum(map(_bytes, parts)),
             )
         )
+
+
+def _inner(graph: Graph, below: dict[Node, frozenset[str]]) -> set[Node]:
+    """The nodes of the forward on which a later use of a parameter depends: not those of the loss."""
+    inner: set[Node] = set()
+    for node in reversed(graph.nodes):
+        users = [user for user in node.users if not g.is_backward(user)]
+        if any(user in inner or not below.keys().isdisjoint(user.all_input_nodes) for user in users):
+            inner.add(node)
+    return inner
 
 
 def _forward_values(reader: Node) -> list[Node]:
