@@ -1,7 +1,8 @@
 """The graph passes, in the order in which they run on a joint forward/backward graph.
 
-They know graphs and sites and nothing of numbers: no pass reads the schedule. What a pass inserts is one
-op per site, which asks the runtime at every step what is to be done; so a phase change needs no new graph.
+They know graphs and sites and nothing of numbers. What a pass inserts is one op per site, which asks the
+runtime at every step what is to be done; so a phase change needs no new graph. The one exception is the
+packing of what is saved for backward: its ratio is a size in the graph, and holds for the whole training.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from sparse_compile.passes.attention import rewrite_attentions
 from sparse_compile.passes.blocks import mark_blocks, rewrite_blocks
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
+from sparse_compile.passes.saved import pack_saved
 from torch.fx import Graph
 
 from sparse_compile import sites
-from sparse_compile.sites import SiteRecord, to_manifest
+from sparse_compile.settings.prune import PruneSaved
+from sparse_compile.sites import SavedRecord, SiteRecord, to_manifest
 
 __all__ = ["linears_called", "mark_blocks", "rewrite", "source_hash"]
 
 
 def rewrite(
-    graph: Graph, parameters: dict[int, str], linears: Sequence[str] = (), blocks: Sequence[str] = ()
-) -> list[SiteRecord]:
+    graph: Graph,
+    parameters: dict[int, str],
+    linears: Sequence[str] = (),
+    blocks: Sequence[str] = (),
+    saved: PruneSaved | None = None,
+) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
     Args:
@@ -34,16 +41,17 @@ def rewrite(
         parameters: position among the graph's inputs -> name of the parameter there.
         linears: names of the linears that must turn up in the result (:func:`linears_called`).
         blocks: paths of the blocks whose ends are marked (:func:`mark_blocks`).
+        saved: how to pack what is saved for backward; None leaves that to the partitioner.
 
     Returns:
-        A record of every linear and attention: rewritten, or left alone and why. The same records are in
-        the graph, as the manifest of its ``begin`` op.
+        A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
+        that is packed for backward. The same records are in the graph, as the manifest of its ``begin`` op.
     """
     records: list[SiteRecord] = []
     inputs = graph.find_nodes(op="placeholder")
     if not any(g.is_backward(node) for node in graph.nodes):
         rewrite_blocks(graph, None, blocks)
-        return records  # an inference graph: there is no gradient
+        return records, []  # an inference graph: there is no gradient
     names = {node: parameters[i] for node in inputs if (i := g.input_index(node)) in parameters}
     below = g.parameters_below(graph, names)
     token = g.insert_begin(graph, inputs)
@@ -56,18 +64,22 @@ def rewrite(
     # Last: it lists what none of the others recognised.
     record_leftovers(graph, below=below, called=linears, records=records)
 
+    # After the linears, so that their inputs have one reader each; it makes no site.
+    packed = pack_saved(graph, method=saved, below=below) if saved is not None else []
+
     # When the records are complete: an op's site number is its record's position in the manifest.
     for op, record in ops.items():
         op.update_arg(op.args.index(NO_SITE), records.index(record))
-    token.update_arg(1, to_manifest(records))
+    token.update_arg(1, to_manifest(records, packed))
     graph.lint()
-    return records
+    return records, packed
 
 
 def source_hash() -> str:
     """A hash of what a rewritten graph depends on, for the keys of compile caches: the passes' own source,
     the ops that they insert and the form of the manifest."""
     package = Path(sites.__file__).parent
-    paths = [*sorted(Path(__file__).parent.glob("*.py")), package / "ops.py", package / "sites.py"]
+    ours = ("ops.py", "pack_ops.py", "sites.py", "methods/prune.py")
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), *(package / name for name in ours)]
     sources = [path.read_bytes() for path in paths]
     return hashlib.sha256(b"\0".join([torch.__version__.encode(), *sources])).hexdigest()

@@ -4,6 +4,7 @@ which parameters it comes from, what it is called."""
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,11 @@ def sizes(shape: torch.Size | tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(s if isinstance(s, int) else int(s.node.hint) if s.node.has_hint() else 1 for s in shape)
 
 
+def numel(node: Node) -> int:
+    """The number of entries, in plain integers as :func:`sizes` gives them."""
+    return math.prod(sizes(shape_of(node)))
+
+
 def is_transpose(node: Node) -> bool:
     """Whether a node transposes a matrix, or each matrix of a batch [N, …, …]."""
     if node.target not in _TRANSPOSES or (rank := len(shape_of(node))) not in (2, 3):
@@ -60,6 +66,13 @@ def strip_transposes(node: Node) -> tuple[Node, bool]:
             break
         node = node.args[0]  # type: ignore[assignment]
     return node, transposed
+
+
+def strip_aliases(node: Node) -> Node:
+    """The node below any chain of aliases."""
+    while node.target in _ALIASES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def parameters_below(graph: Graph, parameters: dict[Node, str]) -> dict[Node, frozenset[str]]:
@@ -93,6 +106,15 @@ def clean_path(path: str) -> str:
     """A module path as Dynamo writes it, without the frame's variable and what wrappers add."""
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", path))
     return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod"))
+
+
+def module_class(node: Node) -> str:
+    """The name of the class of the innermost module that ran the node; empty where there is none."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    found = list(stack.values())[-1][1]
+    return found.rpartition(".")[2] if isinstance(found, str) else found.__name__
 
 
 def site_name(node: Node, weight_names: frozenset[str]) -> str:
@@ -159,10 +181,21 @@ def call(graph: Graph, target: Any, *args: Any, like: Node) -> Node:
     ``meta["val"]`` from running ``target`` on the fake tensors of its arguments.
     """
     node = graph.call_function(target, args)
-    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
     with like.meta["val"].fake_mode if hasattr(like.meta["val"], "fake_mode") else contextlib.nullcontext():
-        node.meta = {**like.meta, "val": target(*values)}
+        node.meta = {**like.meta, "val": value_of(node)}
     return node
+
+
+def value_of(node: Node) -> Any:
+    """What the target of a node gives for the fake tensors of its arguments."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def size(graph: Graph, node: Node, dim: int) -> int | Node:
+    """One size of a tensor; where it is symbolic, a node inserted to compute it."""
+    found = shape_of(node)[dim]
+    return found if isinstance(found, int) else call(graph, aten.sym_size.int, node, dim, like=node)
 
 
 def input_index(placeholder: Node) -> int | None:

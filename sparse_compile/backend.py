@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule
 
 from sparse_compile import compilers, naming, passes
 from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that the passes insert)
+from sparse_compile import pack_ops as _pack_ops  # noqa: F401
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.passes import graph as graph_tools
 from sparse_compile.report import Report, make_report
@@ -75,8 +76,8 @@ class SparseBackend:
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
-            records = passes.rewrite(graph, names, linears, blocks)
-            self._runtime.note(records, self._runtime.owner(anchor, example_inputs))
+            sites, saved = passes.rewrite(graph, names, linears, blocks, self.schedule.saved_activations)
+            self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:
                 self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
                 self.graphs[-1].publish(folder=None if self._debug is True else self._debug)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,7 +15,7 @@ from torch import nn
 from sparse_compile import naming
 from sparse_compile.schedule import Schedule
 from sparse_compile.site import Site
-from sparse_compile.sites import SiteRecord
+from sparse_compile.sites import SAVED_KINDS, SavedRecord, SiteRecord
 
 if TYPE_CHECKING:
     from sparse_compile.runtime import Runtime
@@ -28,8 +29,8 @@ class SiteReport:
     Attributes:
         name: module path; of a second model under the same backend, followed by ``@1``, and so on.
         kind: ``"linear"``, ``"attention"`` or ``"matmul"``.
-        shape: at its last backward; (N, I, O) of a linear; (B, H, T, D) of an attention: samples, heads, queries,
-            and features of a head.
+        shape: at its last backward; (N, I, O) of a linear; (B, H, T, D) of an attention, its samples, heads,
+            queries and features of a head.
         method: the method at its last backward: ``"dense"``, ``"exact"``, ``"reuse"``, ``"sample"``.
         keep: the share of dY's rows (or, with element and N:M reuse, entries) that the method computes now.
         rewritten: whether an op of ours does its backward.
@@ -70,6 +71,23 @@ class SiteReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SavedReport:
+    """What is packed of one kind of activation that the forward saves for the backward.
+
+    Attributes:
+        kind: ``"linear input"``, ``"activation input"``, ``"norm input"``, ``"attention"`` (operands and
+            probabilities), ``"mask"`` (of dropout and ReLU, to the bit) or ``"other"``.
+        tensors: how many.
+        bytes_dense, bytes_packed: their size, at the shapes that were traced, as they are and packed.
+    """
+
+    kind: str
+    tensors: int
+    bytes_dense: int
+    bytes_packed: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What ``backend.report()`` returns: ``print`` it for a table, ``to_dict()`` for machines.
 
@@ -80,12 +98,15 @@ class Report:
         history: what adaptive sampling measured and decided, one entry for each measurement: ``step``, ``s``,
             ``sgd_variance``, ``act_variance``, ``weight_variance``, and ``sample_shares`` and ``row_shares``
             by site. Empty for other schedules.
+        saved: one for each kind of activation that is packed between forward and backward; empty without
+            ``saved_activations``. What is saved as it is (statistics, say) is not counted.
     """
 
     step: int
     schedule: Schedule
     sites: tuple[SiteReport, ...]
     history: tuple[dict[str, Any], ...] = ()
+    saved: tuple[SavedReport, ...] = ()
 
     @property
     def totals(self) -> dict[str, float]:
@@ -105,6 +126,7 @@ class Report:
             "sites": [{**site.to_dict(), "shape": list(site.shape)} for site in self.sites],
             "totals": self.totals,
             "history": list(self.history),
+            "saved": [dataclasses.asdict(kind) for kind in self.saved],
         }
 
     def __str__(self) -> str:
@@ -120,6 +142,8 @@ class Report:
             file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140)
         )
         console.print(table)
+        if self.saved:
+            console.print(_saved_table(self.saved))
         return f"{self._title()}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
 
     def _title(self) -> str:
@@ -147,17 +171,45 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
     )
 
 
+def _saved_table(saved: tuple[SavedReport, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("saved for backward", no_wrap=True)
+    for heading in ("tensors", "MB", "MB packed", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total = SavedReport(
+        kind="all of these",
+        tensors=sum(row.tensors for row in saved),
+        bytes_dense=sum(row.bytes_dense for row in saved),
+        bytes_packed=sum(row.bytes_packed for row in saved),
+    )
+    for row in (*saved, total):
+        sizes = (f"{row.bytes_dense / 1e6:.3f}", f"{row.bytes_packed / 1e6:.3f}")
+        table.add_row(row.kind, str(row.tensors), *sizes, f"{row.bytes_packed / row.bytes_dense:.3f}")
+    return table
+
+
+def _saved_reports(records: Iterable[SavedRecord]) -> Iterator[SavedReport]:
+    records = list(records)
+    for kind in SAVED_KINDS:
+        found = [record for record in records if record.kind == kind]
+        if found:
+            dense, packed = sum(r.bytes_dense for r in found), sum(r.bytes_packed for r in found)
+            yield SavedReport(kind=kind, tensors=len(found), bytes_dense=dense, bytes_packed=packed)
+
+
 def make_report(schedule: Schedule, runtime: Runtime) -> Report:
     """The report of a runtime, now."""
     sites = tuple(
         _site_report(name, records, runtime.sites.get(name), runtime)
         for name, records in runtime.records.items()
     )
+    saved = tuple(_saved_reports(record for records in runtime.saved.values() for record in records))
     return Report(
         step=runtime.clock.step,
         schedule=schedule,
         sites=sites + _never_compiled(runtime),
         history=tuple(runtime.controller.history),
+        saved=saved,
     )
 
 

@@ -32,7 +32,7 @@ from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.site import Site
-from sparse_compile.sites import SiteRecord, from_manifest
+from sparse_compile.sites import SavedRecord, SiteRecord, from_manifest
 
 Token = tuple[int, int, int]
 NO_TOKEN: Token = (-1, -1, -1)
@@ -94,6 +94,7 @@ class Runtime:
         self.clock = Clock(schedule, end_of_step=self.controller.end_of_step)
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}
+        self.saved: dict[str, list[SavedRecord]] = {}
         self._graphs: list[RunningGraph] = []
         self._lanes: dict[tuple[str, ...], Lanes] = {}
         self._graph_ids: dict[tuple[str, int, str], int] = {}
@@ -135,18 +136,22 @@ class Runtime:
         key = (manifest, self._copy(owner), owner.prefix)
         number = self._graph_ids.get(key)
         if number is None:
-            records = self.note(from_manifest(manifest), owner)
+            sites, saved = from_manifest(manifest)
+            records = self.note(sites, saved, owner)
             number = self._graph_ids[key] = len(self._graphs)
             lanes = self._lanes.setdefault(tuple(record.name for record in records), Lanes())
             self._graphs.append(RunningGraph(records, self._make_sites(records, owner), lanes))
         return self.id, number, self._graphs[number].lanes.open(self.clock.step)
 
-    def note(self, records: list[SiteRecord], owner: Owner) -> list[SiteRecord]:
+    def note(self, records: list[SiteRecord], saved: list[SavedRecord], owner: Owner) -> list[SiteRecord]:
         """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
         suffix = f"@{self._copy(owner)}" if self._copy(owner) else ""
         records = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in records]
+        saved = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in saved]
         for name in dict.fromkeys(record.name for record in records):
             self.records[name] = [record for record in records if record.name == name]
+        for name in dict.fromkeys(record.name for record in saved):
+            self.saved[name] = [record for record in saved if record.name == name]
         return records
 
     def _copy(self, owner: Owner) -> int:

@@ -19,10 +19,11 @@ from typing import Any, TypeAlias, cast
 from sparse_compile.checks import integer, listed, near, one_of, store, wrong
 from sparse_compile.phases import Ratio
 from sparse_compile.settings.adaptive import Adaptive
+from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 
-Method: TypeAlias = Reuse | Sample | Adaptive  # the union of all method classes
+Method: TypeAlias = Reuse | Sample | Adaptive | PruneSaved  # the union of all method classes
 
 # What each field of a Schedule accepts besides None, which is the exact gradient. A further method is
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
@@ -30,7 +31,7 @@ METHODS: dict[str, tuple[type[Method], ...]] = {
     "linear": (Reuse, Sample, Adaptive),
     "attention": (Reuse,),
     "blocks": (Sample, Adaptive),
-    "saved_activations": (),
+    "saved_activations": (PruneSaved,),
     "weight_gradients": (),
 }
 
@@ -44,7 +45,7 @@ class Phase:
     linear: Reuse | Sample | Adaptive | None
     attention: Reuse | None
     blocks: Sample | Adaptive | None
-    saved_activations: None
+    saved_activations: PruneSaved | None
     weight_gradients: None
 
 
@@ -60,7 +61,9 @@ class Schedule:
             the share that is left behind the first block; behind block i of n (from 0) it is
             keep^((n - i)/n).
         attention: the method for attentions, a `Reuse`, with a schedule of its own. None is exact, as above.
-        saved_activations, weight_gradients: only None in this version.
+        saved_activations: how what is saved for backward is pruned, a `PruneSaved`, in all modules:
+            `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
+        weight_gradients: only None in this version.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -76,7 +79,7 @@ class Schedule:
     linear: Reuse | Sample | Adaptive | None = None
     attention: Reuse | None = None
     blocks: Sample | Adaptive | None = None
-    saved_activations: None = None
+    saved_activations: PruneSaved | None = None
     weight_gradients: None = None
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
@@ -150,6 +153,14 @@ class Schedule:
         methods = [Reuse(linear), Reuse(attention)]  # an N:M ratio has chosen its granularity by now
         single = [m if m.granularity == "n:m" else replace(m, granularity="element") for m in methods]
         return replace(cls.exact(skip_layers=skip_layers, **options), linear=single[0], attention=single[1])
+
+    @classmethod
+    def back_razor(cls, ratio: float = 0.9, **options: Any) -> "Schedule":
+        """Back Razor (Jiang et al., NeurIPS 2022): of what is saved for backward, only the largest entries.
+
+        `options` as in `exact`.
+        """
+        return replace(cls.exact(**options), saved_activations=PruneSaved(ratio))
 
     def fraction(self, step: int) -> float:
         """The share of training done after `step` optimizer steps, in [0, 1]; 0.0 without `total_steps`.

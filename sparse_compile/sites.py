@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +40,47 @@ class SiteRecord:
     call: int = 0
 
 
-def to_manifest(records: list[SiteRecord]) -> str:
-    """The records as one line of JSON; site numbers in the graph are positions in this list."""
-    return json.dumps([dataclasses.astuple(record) for record in records], separators=(",", ":"))
+# What a packed tensor is to the backward; where it is several, the first of these counts.
+SAVED_KINDS = ("activation input", "norm input", "attention", "linear input", "mask", "other")
 
 
-def from_manifest(manifest: str) -> list[SiteRecord]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRecord:
+    """One tensor of the forward that is packed for the backward.
+
+    Attributes:
+        name: module path of what makes it, relative to the module whose frame was compiled.
+        kind: one of SAVED_KINDS.
+        shape: as seen when the graph was traced.
+        bytes_dense: its size, at that shape.
+        bytes_packed: the size of its mask, kept values and scales.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes_dense: int
+    bytes_packed: int
+
+
+R = TypeVar("R", SiteRecord, SavedRecord)
+
+
+def to_manifest(records: list[SiteRecord], saved: Sequence[SavedRecord] = ()) -> str:
+    """The records as one line of JSON; site numbers in the graph are positions in the list of sites."""
+    lists = [[dataclasses.astuple(record) for record in each] for each in (records, saved)]
+    return json.dumps(lists, separators=(",", ":"))
+
+
+def from_manifest(manifest: str) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """The inverse of :func:`to_manifest`."""
-    names = [field.name for field in dataclasses.fields(SiteRecord)]
-    records = [dict(zip(names, values, strict=True)) for values in json.loads(manifest)]
-    return [SiteRecord(**{**record, "shape": tuple(record["shape"])}) for record in records]
+    sites, saved = json.loads(manifest)
+    return [_record(SiteRecord, values) for values in sites], [
+        _record(SavedRecord, values) for values in saved
+    ]
+
+
+def _record(cls: type[R], values: list[Any]) -> R:
+    names = [field.name for field in dataclasses.fields(cls)]
+    fields = dict(zip(names, values, strict=True))
+    return cls(**{**fields, "shape": tuple(fields["shape"])})

@@ -13,8 +13,8 @@ from sparse_compile.passes import graph as g
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile import naming, passes
-from sparse_compile.sites import SiteRecord
+from sparse_compile import PruneSaved, naming, passes
+from sparse_compile.sites import SavedRecord, SiteRecord
 
 Run = Callable[..., Any]
 DOUBLE = torch.float64
@@ -68,12 +68,14 @@ class Trace:
     Attributes:
         graph: as they left it.
         products_before: how many matrix products its backward had when AOTAutograd traced it.
-        records: what they returned.
+        records: what they returned of the sites.
+        saved: what they returned of the tensors packed for backward.
     """
 
     graph: Graph
     products_before: int
     records: list[SiteRecord]
+    saved: list[SavedRecord]
 
     @property
     def ops(self) -> list[Node]:
@@ -139,7 +141,8 @@ class Tracer:
     def __init__(self, decompositions: Mapping[Any, Any] | None = None) -> None:
         self.traces: list[Trace] = []
         self.inference_graphs: list[Graph] = []
-        self.rewrite: Callable[[Graph], list[SiteRecord]]  # the passes, as the last graph asked for them
+        # The passes, as the last graph asked for them.
+        self.rewrite: Callable[[Graph], tuple[list[SiteRecord], list[SavedRecord]]]
         self._decompositions = decompositions
 
     @property
@@ -148,15 +151,14 @@ class Tracer:
         (trace,) = self.traces
         return trace
 
-    def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Run:
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], saved: PruneSaved | None = None) -> Run:
         names = {parameter.position: parameter.name for parameter in naming.find_parameters(gm, inputs)}
         called = list(passes.linears_called(gm, names))
-        self.rewrite = functools.partial(passes.rewrite, parameters=names, linears=called)
+        self.rewrite = functools.partial(passes.rewrite, parameters=names, linears=called, saved=saved)
 
         def partition(joint: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
             before = len(list(g.products(joint.graph, backward=True)))
-            records = self.rewrite(joint.graph)
-            self.traces.append(Trace(joint.graph, before, records))
+            self.traces.append(Trace(joint.graph, before, *self.rewrite(joint.graph)))
             joint.recompile()
             return min_cut_rematerialization_partition(joint, joint_inputs, **options)
 

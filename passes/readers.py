@@ -1,0 +1,89 @@
+"""Which reads of an activation, by the backward of a joint graph, bear a pruned value, and what can be
+computed again from one.
+
+Nodes are told apart by ``meta["original_aten"]``, the operator that they had before decompositions, so that
+a graph is read alike with Inductor's and without any.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from sparse_compile.passes import graph as g
+from torch.fx import Node
+
+from sparse_compile.sites import SAVED_KINDS
+
+aten = torch.ops.aten
+
+ACTIVATION, NORM, ATTENTION, LINEAR, MASK, OTHER = SAVED_KINDS
+
+# The gradients that read what they saved entry by entry, or multiply by it: zeros in the place of small
+# entries then change little. Not among them: the loss (exp of a log-probability), and what divides.
+_KINDS = {
+    **dict.fromkeys(("mm", "addmm", "convolution_backward"), LINEAR),
+    **dict.fromkeys(("bmm", "baddbmm", "_softmax_backward_data"), ATTENTION),
+    **dict.fromkeys(("gelu_backward", "silu_backward", "tanh_backward", "sigmoid_backward"), ACTIVATION),
+    **dict.fromkeys(
+        ("mish_backward", "elu_backward", "leaky_relu_backward", "hardswish_backward"), ACTIVATION
+    ),
+    **dict.fromkeys(("native_layer_norm_backward", "native_group_norm_backward"), NORM),
+    **dict.fromkeys(("native_batch_norm_backward", "_fused_rms_norm_backward"), NORM),
+    **dict.fromkeys(("mul", "pow"), OTHER),
+}
+_PRODUCTS = (LINEAR, ATTENTION)
+
+COMPARISONS = (aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar)
+
+_VIEWS = (
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default),
+    *(aten.transpose.int, aten.t.default, aten.expand.default, aten.clone.default, aten.alias.default),
+    *(aten.detach.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
+)
+# ReLU is not among these: its output, of which half is zero anyway, is the better thing to prune.
+_ELEMENTWISE = (
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default),
+    *(aten.pow.Tensor_Scalar, aten.exp.default, aten.erf.default, aten.tanh.default, aten.sigmoid.default),
+    *(aten.gelu.default, aten.silu.default, aten.reciprocal.default, aten._to_copy.default),
+    torch.ops.prims.convert_element_type.default,
+)
+
+
+def kind_of_read(reader: Node, value: Node) -> str | None:
+    """As what a node of the backward reads an activation; None if it needs the whole of it, or a part only.
+
+    A view is read as whatever reads the view.
+    """
+    if reader.target in _VIEWS:
+        kinds = {kind_of_read(user, reader) for user in reader.users}
+        return None if None in kinds or not kinds else min(kinds, key=SAVED_KINDS.index)  # type: ignore[arg-type]
+    kind = _KINDS.get(str(reader.meta.get("original_aten")).removeprefix("aten.").partition(".")[0])
+    if kind == OTHER and "Norm" in g.module_class(reader):
+        kind = NORM
+    broadcast = g.is_tensor(reader) and g.numel(reader) != g.numel(value)
+    return None if broadcast and kind not in _PRODUCTS else kind
+
+
+def recomputable(node: Node) -> bool:
+    """Whether a node is a view of its operand, or an elementwise function of its operands."""
+    return node.target in _VIEWS or node.target in _ELEMENTWISE or dropout_of(node) is not None
+
+
+def dropout_of(node: Node) -> Node | None:
+    """The ``native_dropout`` whose first result the node is."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return None
+    dropout: Node = node.args[0]  # type: ignore[assignment]
+    return dropout if dropout.target is aten.native_dropout.default else None
+
+
+def is_mask(node: Node) -> bool:
+    """Whether a node is a bool that depends on activations or on chance, as the mask of a dropout does."""
+    if not g.is_tensor(node) or node.meta["val"].dtype != torch.bool or g.is_backward(node):
+        return False
+    if node.target is operator.getitem:
+        return node.args[0].target is aten.native_dropout.default  # type: ignore[union-attr]
+    if node.target not in COMPARISONS:
+        return False
+    return node.args[0].meta["val"].dtype.is_floating_point  # type: ignore[union-attr]

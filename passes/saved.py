@@ -1,0 +1,329 @@
+"""Put a pruned, packed form between forward and backward in the place of every activation that is saved.
+
+Why: what a forward leaves for its backward is most of the memory of training, and a backward that reads only
+the largest entries of it trains as well (Back Razor, see ``methods/prune.py``).
+
+    forward    x = …                              backward   … = f(dy, x)
+
+becomes
+
+    forward    x = …
+               mask, kept, scales = sparse_compile.pack(x, samples, keep, values)
+    backward   x̂ = sparse_compile.unpack(mask, kept, scales, size, dtype)
+               … = f(dy, x̂)
+
+The joint graph still shows who reads what, so the choice is made there, and the partitioner then finds
+nothing but the packed form to save. What stands in for a value that the backward reads:
+
+- **its source.** A value that is a view of another, or an elementwise function of one other (GELU, dropout, a
+  scaling), is computed again in the backward from that one's pruned form, which is packed once for all its
+  readers. So GELU's output is never saved, and an activation under several views is saved once.
+- **fused attention** saves no probabilities; its backward makes them again from Q and K and the log-sum-exp.
+  With pruned Q and K that sum would be wrong and the probabilities without bound. So the attention itself
+  runs again in the backward, on the pruned Q, K and V. One that drops out is left whole.
+- **masks**, of dropout and of ReLU, are kept to the bit.
+
+Left alone: the inputs of the graph, parameters and what comes from them alone; what a reader broadcasts
+(means, norms); small tensors; whatever a checkpoint says is to be recomputed; and all readers that are not
+known to bear a pruned value, such as the loss.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from sparse_compile.passes import graph as g
+from sparse_compile.passes.readers import (
+    ATTENTION,
+    COMPARISONS,
+    MASK,
+    OTHER,
+    dropout_of,
+    is_mask,
+    kind_of_read,
+    recomputable,
+)
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sparse_compile.settings.prune import PruneSaved
+from sparse_compile.sites import SAVED_KINDS, SavedRecord
+
+aten = torch.ops.aten
+ours = torch.ops.sparse_compile
+
+SMALLEST = 1024  # entries; for less, an op costs more than the memory is worth
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def pack_saved(graph: Graph, *, method: PruneSaved, below: dict[Node, frozenset[str]]) -> list[SavedRecord]:
+    """Change every read of a forward activation by the backward of a joint graph.
+
+    Args:
+        graph: the joint graph, changed in place; the linears' products are replaced by our own op already.
+        method: the ratio, and the form of the kept values.
+        below: :func:`passes.graph.parameters_below`.
+
+    Returns:
+        A record of each tensor that is packed.
+    """
+    packer = _Packer(graph, method, below)
+    readers = [node for node in graph.nodes if g.is_backward(node)]
+    for reader in readers:
+        packer.look_at(reader)
+    for reader in readers:
+        packer.rewrite(reader)
+    return packer.records
+
+
+class _Packer:
+    """The walk over a backward, in the graph's order: what is unpacked for one reader serves all later ones.
+
+    Attributes:
+        records: of what is packed so far.
+    """
+
+    def __init__(self, graph: Graph, method: PruneSaved, below: dict[Node, frozenset[str]]) -> None:
+        self.records: list[SavedRecord] = []
+        self._graph = graph
+        self._method = method
+        self._below = below
+        self._inner = _inner(graph, below)
+        self._kinds: dict[Node, str] = {}
+        self._sources: dict[Node, Node] = {}
+        self._restored: dict[Node, Node] = {}
+
+    def look_at(self, reader: Node) -> None:
+        """Note as what the sources of a reader's operands are read; of several kinds the first counts."""
+        for value in _forward_values(reader):
+            kind = ATTENTION if _is_fused_attention(reader) else self._kind(reader, value)
+            if kind is not None:
+                source = self._source(value)
+                self._kinds[source] = min(kind, self._kinds.get(source, kind), key=SAVED_KINDS.index)
+
+    def rewrite(self, reader: Node) -> None:
+        if _is_fused_attention(reader):
+            self._rewrite_attention(reader)
+        elif reader.target in COMPARISONS or reader.target is aten.threshold_backward.default:
+            self._rewrite_sign(reader)
+        else:
+            for value in _forward_values(reader):
+                prunes = self._prunable(value) and self._kind(reader, value) is not None
+                if prunes or (is_mask(value) and self._is_worth_it(value)):
+                    reader.replace_input_with(value, self._restore(value, reader))
+
+    def _rewrite_attention(self, reader: Node) -> None:
+        """Run a fused attention again in the backward, and let ``reader``, its gradient, read that run."""
+        outputs = {value: found for value in reader.all_input_nodes if (found := _attention_output(value))}
+        forward = next((attention for attention, _ in outputs.values()), None)
+        if forward is None or _drops_out(forward):
+            return
+        operands: list[Any] = [value for value in forward.all_input_nodes if value in forward.args[:3]]
+        if not all(value in reader.all_input_nodes and self._prunable(value) for value in operands):
+            return
+        pruned = {value: self._restore(value, reader) for value in operands}
+        with self._graph.inserting_before(reader):
+            rerun = _copy(self._graph, forward, pruned)
+            for value, (_, index) in outputs.items():
+                output = g.call(self._graph, operator.getitem, rerun, index, like=reader)
+                reader.replace_input_with(value, output)
+        for value, restored in pruned.items():
+            reader.replace_input_with(value, restored)
+
+    def _rewrite_sign(self, reader: Node) -> None:
+        """Save what a reader only compares with a number, as ReLU's gradient does, as one bit an entry."""
+        (*dy, read), number = reader.args[:-1], reader.args[-1]
+        if not isinstance(read, Node) or isinstance(number, Node):
+            return
+        value = g.strip_aliases(read)
+        if not self._is_worth_it(value):
+            return
+        test = aten.le.Scalar if dy else reader.target
+        with self._graph.inserting_before(value.next):
+            mask = self._restore(g.call(self._graph, test, value, number, like=value), reader)
+        if dy:
+            with self._graph.inserting_before(reader):
+                mask = g.call(self._graph, aten.masked_fill.Scalar, dy[0], mask, 0, like=reader)
+        reader.replace_all_uses_with(mask)
+        self._graph.erase_node(reader)
+
+    def _kind(self, reader: Node, value: Node) -> str | None:
+        """As what ``reader`` reads ``value``, or None; a plain product may be the loss, and then is None."""
+        kind = kind_of_read(reader, value)
+        return None if kind == OTHER and value not in self._inner else kind
+
+    def _prunable(self, value: Node) -> bool:
+        """Whether the backward may get ``value`` from the pruned form of an activation."""
+        source = self._source(value)
+        return not self._method.exact and source.meta["val"].dtype in _DTYPES and self._is_worth_it(source)
+
+    def _is_worth_it(self, value: Node) -> bool:
+        """Whether ``value`` is a large tensor that the forward makes and saves."""
+        return (
+            value.op == "call_function"
+            and not g.is_backward(value)
+            and value not in self._below
+            and value.meta["val"].dtype in (*_DTYPES, torch.bool)
+            and value.meta["val"].device.type in _DEVICES
+            and value.meta.get("recompute") not in _RECOMPUTED
+            and g.numel(value) >= SMALLEST
+        )
+
+    def _source(self, value: Node) -> Node:
+        """The activation that ``value`` is a view or an elementwise function of; itself if of none or two."""
+        if value not in self._sources:
+            self._sources[value] = value
+            if recomputable(value) and not g.is_backward(value) and value not in self._below:
+                found = {self._source(operand) for operand in _operands(value) if not is_mask(operand)}
+                source = found.pop() if len(found) == 1 else value
+                # A cast to something narrower is packed itself.
+                if source.meta["val"].dtype.itemsize <= value.meta["val"].dtype.itemsize:
+                    self._sources[value] = source
+        return self._sources[value]
+
+    def _restore(self, value: Node, reader: Node) -> Node:
+        """What stands for ``value`` in the backward; made just before ``reader`` if it is not there yet."""
+        if value not in self._restored:
+            if is_mask(value):
+                restored = self._pack_mask(value, reader)
+            elif value is self._source(value):
+                restored = self._pack(value, reader)
+            else:
+                operands = {operand: self._restore(operand, reader) for operand in _operands(value)}
+                with self._graph.inserting_before(reader):
+                    restored = _recompute(self._graph, value, operands)
+            self._restored[value] = restored
+        return self._restored[value]
+
+    def _pack(self, source: Node, reader: Node) -> Node:
+        value = source.meta["val"]
+        whole = _with_samples(source)
+        with self._graph.inserting_before(whole.next):
+            samples = g.size(self._graph, whole, 0)
+            size = [g.size(self._graph, source, dim) for dim in range(value.dim())]
+            keep = 1 - self._method.ratio
+            packed = g.call(
+                self._graph, ours.pack.default, source, samples, keep, self._method.values, like=source
+            )
+            parts = [g.call(self._graph, operator.getitem, packed, i, like=source) for i in range(3)]
+        _keep_in_forward(packed, *parts)
+        self._note(source, self._kinds[source], parts)
+        return self._unpack(reader, ours.unpack.default, *parts, size, value.dtype)
+
+    def _pack_mask(self, mask: Node, reader: Node) -> Node:
+        with self._graph.inserting_before(mask.next):
+            size = [g.size(self._graph, mask, dim) for dim in range(mask.meta["val"].dim())]
+            bits = g.call(self._graph, ours.pack_bits.default, mask, like=mask)
+        _keep_in_forward(bits)
+        self._note(mask, MASK, [bits])
+        return self._unpack(reader, ours.unpack_bits.default, bits, size)
+
+    def _unpack(self, reader: Node, target: Any, *args: Any) -> Node:
+        with self._graph.inserting_before(reader):
+            restored = g.call(self._graph, target, *args, like=reader)
+        # It depends on no gradient; nothing else would keep a partitioner from doing it in the forward.
+        restored.meta["partitioner_tag"] = "must_be_in_backward"
+        return restored
+
+    def _note(self, source: Node, kind: str, parts: list[Node]) -> None:
+        self.records.append(
+            SavedRecord(
+                name=g.module_path(source),
+                kind=kind,
+                shape=g.sizes(g.shape_of(source)),
+                bytes_dense=_bytes(source),
+                bytes_packed=sum(map(_bytes, parts)),
+            )
+        )
+
+
+def _inner(graph: Graph, below: dict[Node, frozenset[str]]) -> set[Node]:
+    """The nodes of the forward on which a later use of a parameter depends: not those of the loss."""
+    inner: set[Node] = set()
+    for node in reversed(graph.nodes):
+        users = [user for user in node.users if not g.is_backward(user)]
+        if any(user in inner or not below.keys().isdisjoint(user.all_input_nodes) for user in users):
+            inner.add(node)
+    return inner
+
+
+def _forward_values(reader: Node) -> list[Node]:
+    """The tensors of the forward that a node of the backward reads."""
+    return [node for node in reader.all_input_nodes if g.is_tensor(node) and not g.is_backward(node)]
+
+
+def _is_fused_attention(reader: Node) -> bool:
+    return "scaled_dot_product" in str(reader.target)
+
+
+def _attention_output(value: Node) -> tuple[Node, int] | None:
+    """The fused attention of the forward whose result ``value`` is, and which of its results."""
+    value = g.strip_aliases(value)
+    if value.target is not operator.getitem or not _is_fused_attention(value.args[0]):  # type: ignore[arg-type]
+        return None
+    return value.args[0], value.args[1]  # type: ignore[return-value]
+
+
+def _drops_out(attention: Node) -> bool:
+    """Whether an attention drops some of its probabilities: a second run would drop others."""
+    names = [argument.name for argument in attention.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
+    return given.get("dropout_p", 0.0) != 0.0
+
+
+def _operands(value: Node) -> list[Node]:
+    """The tensors of which ``value`` is an elementwise function; of a dropout, its input and its mask."""
+    dropout = dropout_of(value)
+    if dropout is None:
+        return [node for node in value.all_input_nodes if g.is_tensor(node)]
+    return [dropout.args[0], *(user for user in dropout.users if user.args[1] == 1)]  # type: ignore[list-item]
+
+
+def _recompute(graph: Graph, value: Node, operands: dict[Node, Node]) -> Node:
+    """``value`` of the forward again, from what stands for its operands."""
+    dropout = dropout_of(value)
+    if dropout is None:
+        return _copy(graph, value, operands)
+    x, mask = operands.values()
+    kept = g.call(graph, aten.mul.Tensor, x, mask, like=x)
+    return g.call(graph, aten.mul.Tensor, kept, 1 / (1 - dropout.args[1]), like=x)  # type: ignore[operator]
+
+
+def _copy(graph: Graph, node: Node, replaced: dict[Node, Node]) -> Node:
+    """A copy of a forward node for the backward, at the insertion point, with other operands."""
+    copy = graph.node_copy(node, lambda operand: replaced.get(operand, operand))
+    if copy.target in _RESHAPES:
+        copy.target = aten.reshape.default  # what was a view before may not be one of the unpacked tensor
+    like = next(iter(replaced.values()))
+    copy.meta = {**like.meta, "val": g.value_of(copy)}
+    return copy
+
+
+def _with_samples(source: Node) -> Node:
+    """The form of an activation whose first dimension is the batch.
+
+    That is the one with most dimensions: a linear's output [N, O] is viewed as [B, T, O] by what reads it,
+    and a batched product [B · H, T, D] as [B, H, T, D].
+    """
+    forms, found = [source], [source]
+    while forms:
+        views = [user for user in forms.pop().users if user.target in _RESHAPES and not g.is_backward(user)]
+        forms.extend(views)
+        found.extend(views)
+    return max(found, key=lambda node: len(g.shape_of(node)))
+
+
+def _keep_in_forward(*nodes: Node) -> None:
+    for node in nodes:
+        node.meta["partitioner_tag"] = "must_be_in_forward"
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _bytes(node: Node) -> int:
+    return g.numel(node) * node.meta["val"].dtype.itemsize

@@ -1,0 +1,81 @@
+"""Pruning of what is saved for backward, as a formula. The fast form is ``kernels/pack.py``.
+
+    x_b        the entries of sample b of an activation, n of them
+    k          round((1 − ratio) · n), at least 1
+    x̂_b        x_b at its k entries of largest magnitude, zero elsewhere; of equal ones the first are kept
+
+The forward is computed with x; the backward reads x̂ in its place. Source: Back Razor (Jiang et al.,
+NeurIPS 2022, section 3), where the kept entries are found per sample, too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 128  # kept values that share a scale when they are stored as int8
+
+
+def count(keep: float, entries: int) -> int:
+    """k: how many of a sample's n entries are kept. ``entries`` may be symbolic.
+
+    In whole millionths, so that the compiler of a graph with dynamic shapes gets integers only.
+    """
+    millionths = round(keep * 1_000_000)
+    return torch.sym_max(1, (entries * millionths + 500_000) // 1_000_000)
+
+
+def prune(x: Tensor, samples: int, keep: float) -> Tensor:
+    """x̂.
+
+    Args:
+        x: of any shape; its first 1/samples of all entries are sample 0, and so on.
+        keep: 1 − ratio.
+
+    Returns:
+        a tensor like x.
+    """
+    flat = x.reshape(samples, -1)
+    order = flat.abs().sort(dim=1, descending=True, stable=True).indices
+    kept = order[:, : count(keep, flat.shape[1])]
+    return torch.zeros_like(flat).scatter_(1, kept, flat.gather(1, kept)).view(x.shape)
+
+
+def narrow(kept: Tensor, values: str) -> tuple[Tensor, Tensor]:
+    """The kept values of an activation in the form in which they are stored.
+
+    Args:
+        kept: [K].
+        values: "same", "fp16", "bf16" or "int8".
+
+    Returns:
+        [K], and the scales: float32 [ceil(K / 128)] for int8, empty otherwise. What a form cannot hold is
+        stored as its largest number.
+    """
+    dtype = stored_dtype(kept.dtype, values)
+    scales = torch.empty(0, device=kept.device)
+    if dtype == torch.int8:
+        groups = torch.nn.functional.pad(kept.float(), (0, -len(kept) % GROUP)).view(-1, GROUP)
+        scales = groups.abs().amax(1) / 127
+        whole = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).round_()
+        return whole.flatten()[: len(kept)].to(torch.int8), scales
+    if dtype != kept.dtype:
+        limit = torch.finfo(dtype).max
+        kept = kept.clamp(-limit, limit).to(dtype)
+    return kept, scales
+
+
+def widen(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`narrow`, up to the rounding: [K] of ``dtype``."""
+    if stored.dtype == torch.int8:
+        each = scales.repeat_interleave(GROUP)[: len(stored)]
+        return (stored * each).to(dtype)
+    return stored.to(dtype)
+
+
+def stored_dtype(dtype: torch.dtype, values: str) -> torch.dtype:
+    """What kept values of a floating ``dtype`` are stored as; never something wider."""
+    if values == "int8":
+        return torch.int8
+    named = {"same": dtype, "fp16": torch.float16, "bf16": torch.bfloat16}[values]
+    return named if named.itemsize < dtype.itemsize else dtype

@@ -1,0 +1,88 @@
+"""The custom ops that carry pruned activations from the forward to the backward; see ``passes/saved.py``.
+
+``pack(x, samples, keep, values) -> (mask, kept, scales)``
+    x of any shape, B samples one after the other with n entries each; k = round(keep · n) of them are kept.
+    mask uint8 [B, ceil(n / 8)]; kept [B · k] in the form that ``values`` names; scales float32, empty unless
+    that is int8.
+
+``unpack(mask, kept, scales, size, dtype) -> x̂``
+    the pruned activation, contiguous, with zeros where nothing was kept.
+
+``pack_bits(x) -> mask``, ``unpack_bits(mask, size) -> x``
+    the same for bool tensors, of which every entry is kept.
+
+They are pure functions: what they do is decided when a graph is compiled, because the sizes of what they
+return are part of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import pack as kernel
+from sparse_compile.methods import prune
+
+_library = torch.library.Library("sparse_compile", "FRAGMENT")
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+_library.define(
+    "pack(Tensor x, SymInt samples, float keep, str values) -> (Tensor, Tensor, Tensor)", tags=_TAGS
+)
+_library.define(
+    "unpack(Tensor mask, Tensor kept, Tensor scales, SymInt[] size, ScalarType dtype) -> Tensor", tags=_TAGS
+)
+_library.define("pack_bits(Tensor x) -> Tensor", tags=_TAGS)
+_library.define("unpack_bits(Tensor mask, SymInt[] size) -> Tensor", tags=_TAGS)
+
+# Nothing of the forward uses their results, and what a forward does not need a partitioner takes for free to
+# recompute in the backward, from the whole activation.
+torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack.default)
+torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack_bits.default)
+
+
+@torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
+def _pack(x: Tensor, samples: int, keep: float, values: str) -> tuple[Tensor, Tensor, Tensor]:
+    mask, kept = kernel.pack(x, samples, prune.count(keep, x.numel() // samples))
+    return mask, *prune.narrow(kept, values)
+
+
+@torch.library.impl(_library, "unpack", "CompositeExplicitAutograd")
+def _unpack(mask: Tensor, kept: Tensor, scales: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    values = prune.widen(kept, scales, dtype)
+    return kernel.unpack(mask, values, math.prod(size) // len(mask)).view(size)
+
+
+@torch.library.impl(_library, "pack_bits", "CompositeExplicitAutograd")
+def _pack_bits(x: Tensor) -> Tensor:
+    return kernel.pack_bits(x.reshape(1, -1))
+
+
+@torch.library.impl(_library, "unpack_bits", "CompositeExplicitAutograd")
+def _unpack_bits(mask: Tensor, size: list[int]) -> Tensor:
+    return kernel.unpack_bits(mask, math.prod(size)).reshape(size)
+
+
+@torch.library.register_fake("sparse_compile::pack")
+def _pack_fake(x: Tensor, samples: int, keep: float, values: str) -> tuple[Tensor, Tensor, Tensor]:
+    entries = x.numel() // samples
+    mask = x.new_empty(samples, (entries + 7) // 8, dtype=torch.uint8)
+    kept = x.new_empty(samples * prune.count(keep, entries), dtype=prune.stored_dtype(x.dtype, values))
+    groups = (len(kept) + prune.GROUP - 1) // prune.GROUP if values == "int8" else 0
+    return mask, kept, x.new_empty(groups, dtype=torch.float32)
+
+
+@torch.library.register_fake("sparse_compile::unpack")
+def _unpack_fake(mask: Tensor, kept: Tensor, scales: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    return kept.new_empty(size, dtype=dtype)
+
+
+@torch.library.register_fake("sparse_compile::pack_bits")
+def _pack_bits_fake(x: Tensor) -> Tensor:
+    return x.new_empty(1, (x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@torch.library.register_fake("sparse_compile::unpack_bits")
+def _unpack_bits_fake(mask: Tensor, size: list[int]) -> Tensor:
+    return mask.new_empty(size, dtype=torch.bool)

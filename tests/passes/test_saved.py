@@ -1,0 +1,120 @@
+"""What is packed in a joint graph, and what must not be. Gradients are compared in test_prune_training.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sparse_compile.passes.saved import SMALLEST
+from torch import Tensor, nn
+from torch.fx import Graph
+from tracing import DOUBLE, Model, Tracer
+
+from sparse_compile import PruneSaved
+from sparse_compile.sites import SavedRecord
+
+ops = torch.ops.sparse_compile
+INDUCTORS = functools.cache(lambda: torch._inductor.decomposition.select_decomp_table())
+
+
+def packed(
+    run: nn.Module, *inputs: Tensor, ratio: float = 0.5, decomposed: bool = False
+) -> tuple[list, Graph]:
+    """The records of what the passes pack of a module's joint graph, and that graph."""
+    tracer = Tracer(INDUCTORS() if decomposed else None)
+    compiled = torch.compile(run, backend=lambda gm, example: trace_with(tracer, gm, example, ratio))
+    compiled(*inputs).square().sum().backward()
+    return tracer.trace.saved, tracer.trace.graph
+
+
+def trace_with(tracer: Tracer, gm: torch.fx.GraphModule, inputs: list, ratio: float) -> Callable:
+    return tracer(gm, inputs, saved=PruneSaved(ratio))
+
+
+def count(graph: Graph, op: torch._ops.OpOverload) -> int:
+    return len(graph.find_nodes(op="call_function", target=op))
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(32, 32)
+
+
+def x() -> Tensor:
+    return torch.randn(4, 8, 32, dtype=DOUBLE, requires_grad=True)
+
+
+def shared(h: Tensor, layer: nn.Linear) -> Tensor:
+    return layer(h * 3) + h.tanh()
+
+
+CASES: dict[str, tuple[Callable, list[str]]] = {
+    "linear input": (lambda m, x: m.b(m.a(x)), ["linear input"]),
+    "gelu": (lambda m, x: m.b(F.gelu(m.a(x))), ["activation input"]),
+    "gelu by tanh": (lambda m, x: m.b(F.gelu(m.a(x), approximate="tanh")), ["activation input"]),
+    "silu": (lambda m, x: m.b(F.silu(m.a(x))), ["activation input"]),
+    "relu": (lambda m, x: m.b(F.relu(m.a(x))), ["linear input", "mask"]),
+    "norm": (lambda m, x: F.layer_norm(m.a(x), [32]) * 2, ["norm input"]),
+    "norm by hand": (lambda m, x: m.norm(m.a(x)), ["norm input", "norm input"]),
+    "softmax": (lambda m, x: m.a(x).softmax(-1) * 2, ["attention"]),
+    "gated": (lambda m, x: m.b(m.a(x) * m.b(x)), ["linear input", "other", "other"]),
+    "dropout": (lambda m, x: F.dropout(m.a(x), 0.5), ["mask"]),
+    "a view": (lambda m, x: m.b(m.a(x).flatten(0, 1)), ["linear input"]),
+    "two readers": (lambda m, x: shared(m.a(x), m.b), ["activation input"]),
+    # Near misses.
+    "an input of the graph": (lambda m, x: m.a(x), []),
+    "a loss": (lambda m, x: (m.a(x) - x).pow(2) * m.b(x), []),
+    "a log-probability": (lambda m, x: m.a(x).log_softmax(-1), []),
+    "a parameter": (lambda m, x: m.a(x) @ (m.b.weight * 2) + m.b.weight.sin().sum(), ["linear input"]),
+    "too small": (lambda m, x: m.b(m.a(x[:, :-1])), []),
+    "an integer": (lambda m, x: m.a(x) * (x > 9).long(), []),
+    "a statistic": (lambda m, x: m.a(x) + m.b(x).amax(-1, keepdim=True), []),
+}
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["as traced", "decomposed"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_packed(case, decomposed):
+    forward, kinds = CASES[case]
+    records, graph = packed(
+        Model(forward, a=linear(), b=linear(), norm=nn.RMSNorm(32)), x(), decomposed=decomposed
+    )
+    assert sorted(record.kind for record in records) == kinds
+    masks = kinds.count("mask")
+    assert count(graph, ops.pack.default) == count(graph, ops.unpack.default) == len(kinds) - masks
+    assert count(graph, ops.pack_bits.default) == count(graph, ops.unpack_bits.default) == masks
+
+
+def test_ratio_0_packs_masks_only():
+    model = Model(lambda m, x: F.dropout(F.relu(m.b(F.gelu(m.a(x)))), 0.5), a=linear(), b=linear())
+    records, _ = packed(model, x(), ratio=0.0)
+    assert [record.kind for record in records] == ["mask", "mask"]
+
+
+def test_a_record_gives_sizes():
+    (record,), _ = packed(Model(lambda m, x: m.b(m.a(x)), a=linear(), b=linear()), x())
+    assert record == SavedRecord(
+        name="a", kind="linear input", shape=(32, 32), bytes_dense=8 * SMALLEST, bytes_packed=128 + 8 * 512
+    )
+
+
+def test_the_batch_is_found_behind_views():
+    """A linear's output is [N, O] in the graph; the samples are those of the [B, T, O] that is read."""
+    _, graph = packed(Model(lambda m, x: m.b(m.a(x)), a=linear(), b=linear()), x())
+    (pack,) = graph.find_nodes(op="call_function", target=ops.pack.default)
+    assert (tuple(pack.args[0].meta["val"].shape), pack.args[1]) == ((32, 32), 4)
+
+
+def test_attention_that_drops_out_is_left_whole():
+    def forward(m, x):
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (m.a(x), m.b(x), m.c(x)))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=m.p)
+
+    model = Model(forward, a=linear(), b=linear(), c=linear())
+    model.p = 0.0
+    records, graph = packed(model, x())
+    assert [record.kind for record in records] == ["attention"] * 3
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert count(graph, attention) == 2
