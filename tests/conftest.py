@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -10,6 +11,12 @@ import pytest
 with warnings.catch_warnings():
     # torch.utils.mkldnn, which Inductor imports, still declares itself with `torch.jit.script_method`.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+    import torch
+
+    if not torch.cuda.is_available():
+        # Our Triton kernels then run in numpy, on CPU tensors. It has to be said before Triton is imported,
+        # and Inductor imports it.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._inductor.compile_fx
 
 

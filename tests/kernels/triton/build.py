@@ -1,0 +1,159 @@
+"""Build every kernel for every GPU, and say what came of it: JSON on stdout, a list of :class:`Built`.
+
+Needs no GPU: Triton brings its own assembler. It is a program of its own because a process in which kernels
+are interpreted cannot build them.
+
+    python tests/kernels/triton/build.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+CAPABILITIES = (80, 90)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+    """One kernel with one tile, dtype and target.
+
+    Attributes:
+        shared: bytes of shared memory of one program.
+        registers: of one thread.
+        stack: bytes of one thread; registers that did not fit are spilled there, and nothing else is.
+        tensor_cores: the instructions for them that occur, e.g. ``["mma.sync"]``.
+        copies: whether tiles are copied to shared memory while others are multiplied (``cp.async``).
+    """
+
+    kernel: str
+    tile: str
+    dtype: str
+    precision: str
+    scaled: bool
+    capability: int
+    shared: int
+    registers: int
+    stack: int
+    tensor_cores: list[str]
+    copies: bool
+
+
+def build(
+    kernel: Any, constants: dict[str, Any], dtype: str, capability: int, **options: int
+) -> dict[str, Any]:
+    """Compile ``kernel`` as it is for contiguous tensors whose sizes are multiples of 16.
+
+    Args:
+        kernel: the ``triton.jit`` function.
+        constants: its compile-time arguments.
+        dtype: of dY, X, W and what comes out, as Triton's signatures name it.
+        capability: of the GPU.
+        options: ``num_warps``, ``num_stages``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    others = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32"}
+    others |= {"live": "*i8"}
+    tensors = {"dy", "w", "base", "products", "a", "b", "sums"}
+    unit_strides = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or name in unit_strides:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = others.get(name) or (f"*{dtype}" if name in tensors else "i32")
+        if name != "splits":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs={**unit_strides, **constants}, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "shared": compiled.metadata.shared,
+        "tensor_cores": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", ptx))),
+        "copies": "cp.async" in ptx,
+        **_resources(compiled.asm["cubin"]),
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What the machine code takes of a GPU, for one thread."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found, said
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def products() -> Iterator[Built]:
+    """The two products: every tile of the lists that they are tuned over. What changes little is built with
+    the largest tile alone: float16 (another instruction than bfloat16), and scaled rows."""
+    from sparse_compile.kernels.triton import input_gradient, tiles, weight_gradient
+
+    kernels = (
+        ("gather_matmul", input_gradient._gather_matmul),
+        ("gather_reduce", weight_gradient._gather_reduce),
+    )
+    for (name, kernel), capability in itertools.product(kernels, CAPABILITIES):
+        half = tiles.HALF[capability]
+        modes = [("bf16", "ieee", False, config) for config in half]
+        modes += [(dtype, "ieee", True, half[0]) for dtype in ("bf16", "fp16")]
+        modes += [("fp32", precision, False, c) for precision in ("ieee", "tf32") for c in tiles.SINGLE]
+        for dtype, precision, scaled, config in modes:
+            constants = {**config.kwargs, "SCALED": scaled, "PRECISION": precision, "GROUP": 8}
+            if name == "gather_matmul":
+                constants["EVEN_K"] = True
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            tile = "{BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs)
+            yield Built(
+                kernel=name,
+                tile=f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
+                dtype=dtype,
+                precision=precision,
+                scaled=scaled,
+                capability=capability,
+                **build(kernel, constants, dtype, capability, **options),
+            )
+
+
+def others() -> Iterator[Built]:
+    """Statistics and compaction."""
+    from sparse_compile.kernels.triton import compaction, row_stats
+
+    block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
+    chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
+        ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
+        ("row_stats", row_stats._row_stats, {**block, "BASED": False}, {}),
+        ("live_rows", row_stats._live_rows, block, {}),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK}, {"num_warps": 16}),
+    ]
+    for (name, kernel, constants, options), dtype, capability in itertools.product(
+        chosen, ("bf16", "fp32"), CAPABILITIES
+    ):
+        yield Built(
+            kernel=name,
+            tile=str(constants),
+            dtype=dtype,
+            precision="",
+            scaled=False,
+            capability=capability,
+            **build(kernel, constants, dtype, capability, **options),
+        )
+
+
+if __name__ == "__main__":
+    json.dump([dataclasses.asdict(built) for built in itertools.chain(products(), others())], sys.stdout)
