@@ -20,16 +20,22 @@ class Rows:
         base: [T, O], or None if the other rows are all zero.
         dropped: bool [N], or None together with ``base``.
         scale: what the kept rows are multiplied by, [k], or None: nothing.
+        count: int32 [1], or None: all of ``kept`` are. With a count, only its first ``count`` entries are kept
+            and ascending; the others are rows that are zero (and have scale 0), there to fill a buffer of a
+            fixed size, so that the host need not know the number. Then ``kept`` may be int32.
+        slot: int64 [N], where in ``kept`` a row stands, or N if it does not; None if nobody has counted.
     """
 
     kept: Tensor
     base: Tensor | None = None
     dropped: Tensor | None = None
     scale: Tensor | None = None
+    count: Tensor | None = None
+    slot: Tensor | None = None
 
     @property
     def computed(self) -> int:
-        """The number of rows that take part in the products."""
+        """The number of rows that take part in the products; with a ``count``, the most that may."""
         return self.kept.numel() + (0 if self.base is None else self.base.shape[0])
 
     def dense(self, dy: Tensor) -> Tensor:
