@@ -4,6 +4,9 @@ dense                 plain torch.compile: what every other variant is divided b
 exact                 sparse_compile, Schedule.exact(): only rows that are exactly zero are skipped
 reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance reuse:0.9/element/sample or
                       reuse:2:4; WORD is row or element, mean or sample, or refresh=K
+sample:K[/WORD...]    sparse_compile, Schedule(linear=Sample(K)); WORD is clip=C, input or weight
+blocks-sample:K, …    the same for another field of the schedule; join several by +, for instance
+                      blocks-sample:0.5+sample:0.25/weight
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
 """
@@ -14,7 +17,7 @@ import copy
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,19 +25,29 @@ from eager_resprop import swap_linears
 from torch import Tensor, nn
 
 OptimizerName = Literal["adamw", "sgd"]
-Kind = Literal["dense", "exact", "reuse", "eager", "eager-resprop"]
+Kind = Literal["dense", "sparse", "eager", "eager-resprop"]
 PHASES = ("forward", "backward", "optimizer", "step")
-ALLOWED = "exact, reuse:RATIO[/row|element|mean|sample|refresh=K], eager, eager-resprop:RATIO"
+FIELDS = ("linear", "attention", "blocks")
+ALLOWED = (
+    "exact, [FIELD-]reuse:RATIO[/row|element|mean|sample|refresh=K],"
+    " [FIELD-]sample:KEEP[/clip=C|input|weight]"
+    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), eager, eager-resprop:RATIO"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One column of the comparison. `options` are the words after the ratio of a reuse."""
+    """One column of the comparison.
+
+    Attributes:
+        schedule: of a sparse one, what `Schedule.from_dict` reads.
+        ratio: of an eager ReSprop.
+    """
 
     name: str
     kind: Kind
-    ratio: float | str = 0.0
-    options: tuple[tuple[str, str | int], ...] = ()
+    schedule: dict[str, Any] = field(default_factory=dict)
+    ratio: float = 0.0
 
     @property
     def compiled(self) -> bool:
@@ -44,7 +57,7 @@ class Variant:
     @property
     def sparse(self) -> bool:
         """Whether it runs under sparse_compile, and so has a report."""
-        return self.kind in ("exact", "reuse")
+        return self.kind == "sparse"
 
 
 DENSE = Variant(name="dense", kind="dense")
@@ -56,36 +69,46 @@ def parse_methods(text: str) -> list[Variant]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(names)) < len(names):
         raise ValueError(f"methods={text!r}: each method may be named once")
-    return [_parse_method(name) for name in names]
+    return [_parse_variant(name) for name in names]
 
 
-def _parse_method(name: str) -> Variant:
-    kind, _, rest = name.partition(":")
-    if kind in ("exact", "eager") and not rest:
-        return Variant(name=name, kind=kind)  # type: ignore[arg-type]
-    if kind not in ("reuse", "eager-resprop") or not rest:
+def _parse_variant(name: str) -> Variant:
+    if name == "eager":
+        return Variant(name=name, kind="eager")
+    if name == "exact":
+        return Variant(name=name, kind="sparse")
+    if name.startswith("eager-resprop:"):
+        ratio = _number(name, name.partition(":")[2])
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(f"methods: {name!r} has ratio {ratio}; allowed is 0 <= ratio < 1")
+        return Variant(name=name, kind="eager-resprop", ratio=ratio)
+    return Variant(name=name, kind="sparse", schedule=dict(_parse_method(name, p) for p in name.split("+")))
+
+
+def _parse_method(name: str, part: str) -> tuple[str, dict[str, Any]]:
+    """The field of the schedule that one part of a name sets, and the method for it."""
+    method, _, rest = part.partition(":")
+    fields = {f"{field}-{kind}": (field, kind) for field in FIELDS for kind in ("reuse", "sample")}
+    fields |= {"reuse": ("linear", "reuse"), "sample": ("linear", "sample")}
+    if method not in fields or not rest:
         raise ValueError(f"methods: {name!r} is not known; allowed are {ALLOWED}")
-    number, *words = rest.split("/")
-    ratio = _parse_ratio(name, number, n_of_m=kind == "reuse")
-    if kind == "eager-resprop" and words:
-        raise ValueError(f"methods: {name!r} takes a ratio and nothing else")
-    options = tuple(_parse_option(name, word) for word in words)
-    return Variant(name=name, kind=kind, ratio=ratio, options=options)  # type: ignore[arg-type]
+    target, kind = fields[method]
+    amount, *words = rest.split("/")
+    options = dict((_reuse_option if kind == "reuse" else _sample_option)(name, word) for word in words)
+    if kind == "sample":
+        return target, {"method": kind, "keep": _number(name, amount), **options}
+    ratio = amount if re.fullmatch(r"\d+:\d+", amount) else _number(name, amount)
+    return target, {"method": kind, "ratio": ratio, **options}
 
 
-def _parse_ratio(name: str, text: str, *, n_of_m: bool) -> float | str:
-    if n_of_m and re.fullmatch(r"\d+:\d+", text):
-        return text
+def _number(name: str, text: str) -> float:
     try:
-        ratio = float(text)
+        return float(text)
     except ValueError:
-        raise ValueError(f"methods: {name!r} needs a number as its ratio, not {text!r}") from None
-    if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"methods: {name!r} has ratio {ratio}; allowed is 0 <= ratio < 1")
-    return ratio
+        raise ValueError(f"methods: {name!r} needs a number, not {text!r}") from None
 
 
-def _parse_option(name: str, word: str) -> tuple[str, str | int]:
+def _reuse_option(name: str, word: str) -> tuple[str, str | int]:
     if word in ("mean", "sample"):
         return "source", word
     if word in ("row", "element"):
@@ -93,6 +116,15 @@ def _parse_option(name: str, word: str) -> tuple[str, str | int]:
     key, _, count = word.partition("=")
     if key == "refresh" and count.isdigit() and int(count) > 0:
         return "refresh_every", int(count)
+    raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
+
+
+def _sample_option(name: str, word: str) -> tuple[str, str | float]:
+    if word in ("input", "weight"):
+        return "gradients", word
+    key, _, cap = word.partition("=")
+    if key == "clip":
+        return "clip", _number(name, cap)
     raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
 
 
@@ -138,7 +170,7 @@ def make_trainee(variant: Variant, model: nn.Module, *, optimizer: OptimizerName
     """A deep copy of `model`, compiled (not yet run) as the variant says, with its own optimizer."""
     model = copy.deepcopy(model)
     parameters = list(model.parameters())
-    if variant.kind == "eager-resprop" and swap_linears(model, float(variant.ratio)) == 0:
+    if variant.kind == "eager-resprop" and swap_linears(model, variant.ratio) == 0:
         raise ValueError(f"{variant.name}: the model has no nn.Linear to swap")
     backend = _sparse_backend(variant) if variant.sparse else None
     run: Callable[..., Any] = model
@@ -152,12 +184,9 @@ def make_trainee(variant: Variant, model: nn.Module, *, optimizer: OptimizerName
 
 def _sparse_backend(variant: Variant) -> Any:
     """Imported here, so that a cold compile counts the import and the dense variant runs without us."""
-    from sparse_compile import Reuse, Schedule, sparse_backend
+    from sparse_compile import Schedule, sparse_backend
 
-    if variant.kind == "exact":
-        return sparse_backend(Schedule.exact())
-    options: dict[str, Any] = dict(variant.options)
-    return sparse_backend(Schedule(linear=Reuse(variant.ratio, **options)))
+    return sparse_backend(Schedule.from_dict(variant.schedule))
 
 
 def _optimizer(name: OptimizerName, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

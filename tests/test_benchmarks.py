@@ -259,14 +259,26 @@ def test_presets_say_their_sizes_and_refuse_fixed_ones() -> None:
 
 
 def test_methods_are_parsed() -> None:
-    exact, reuse, pattern, eager = variants.parse_methods(
-        "exact, reuse:0.9/element/sample/refresh=2,reuse:2:4,eager-resprop:0.5"
+    exact, reuse, pattern, sample, eager = variants.parse_methods(
+        "exact, reuse:0.9/element/sample/refresh=2,reuse:2:4,"
+        "blocks-sample:0.5+sample:0.25/weight/clip=3,eager-resprop:0.5"
     )
     assert exact.sparse
     assert exact.compiled
-    assert (reuse.kind, reuse.ratio) == ("reuse", 0.9)
-    assert dict(reuse.options) == {"granularity": "element", "source": "sample", "refresh_every": 2}
-    assert pattern.ratio == "2:4"
+    assert reuse.schedule == {
+        "linear": {
+            "method": "reuse",
+            "ratio": 0.9,
+            "granularity": "element",
+            "source": "sample",
+            "refresh_every": 2,
+        }
+    }
+    assert pattern.schedule["linear"]["ratio"] == "2:4"
+    assert sample.schedule == {
+        "blocks": {"method": "sample", "keep": 0.5},
+        "linear": {"method": "sample", "keep": 0.25, "gradients": "weight", "clip": 3.0},
+    }
     assert not eager.sparse
     assert not eager.compiled
     assert variants.parse_methods("") == []
@@ -277,12 +289,14 @@ def test_methods_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "'magic' is not known; allowed are exact, reuse:RATIO"),
+        ("magic", r"'magic' is not known; allowed are exact, \[FIELD-\]reuse:RATIO"),
         ("reuse", "'reuse' is not known"),
-        ("reuse:x", "'reuse:x' needs a number as its ratio, not 'x'"),
-        ("reuse:1.0", r"ratio 1\.0; allowed is 0 <= ratio < 1"),
+        ("reuse:x", "'reuse:x' needs a number, not 'x'"),
+        ("eager-resprop:1.0", r"ratio 1\.0; allowed is 0 <= ratio < 1"),
+        ("head-reuse:0.5", "'head-reuse:0.5' is not known"),
+        ("sample:0.5/row", "has the word 'row'; allowed are"),
         ("reuse:0.5/column", "has the word 'column'; allowed are"),
-        ("eager-resprop:2:4", "needs a number as its ratio"),
+        ("eager-resprop:2:4", "needs a number, not"),
         ("exact,exact", "each method may be named once"),
     ],
 )

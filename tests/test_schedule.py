@@ -37,7 +37,7 @@ def test_field_without_methods_accepts_only_none(field):
 
 @pytest.mark.parametrize("linear", [0.9, "2:4", DENSE_THEN_REUSE, Reuse, {"ratio": 0.9}, True])
 def test_linear_that_is_no_method_is_refused_with_a_hint(linear):
-    with refused("Schedule.linear is ", "None or Reuse, e.g. linear=Reuse(0.9)"):
+    with refused("Schedule.linear is ", "None or Reuse or Sample, e.g. linear=Reuse(0.9)"):
         Schedule(linear=linear)
 
 

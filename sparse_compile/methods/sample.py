@@ -17,6 +17,7 @@ no row is ever blown up); no cap is unbiased.
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -97,4 +98,4 @@ def rows(scores: Tensor, keep: float, clip: float | None, draw: Draw) -> Rows:
         return Rows(kept=scores.nonzero().squeeze(1))
     p = probabilities(scores, k)
     kept = systematic(p, k, draw)
-    return Rows(kept, scale=(1 / p[kept]).clamp_(max=clip))
+    return Rows(kept, scale=(1 / p[kept]).clamp_(max=math.inf if clip is None else clip))

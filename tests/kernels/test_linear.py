@@ -28,24 +28,31 @@ def operands(samples, tokens, inputs, outputs, dtype=F64):
     return (torch.randn(*shape, dtype=dtype) for shape in ((n, outputs), (n, inputs), (outputs, inputs)))
 
 
-def rows_of(dy, tokens, *, kept=0.4, base=True, dead=0.0):
+def rows_of(dy, tokens, *, kept=0.4, base=True, dead=0.0, scaled=False):
     """Random rows: a share ``dead`` of them zero, ``kept`` of them all computed, the rest dropped."""
     n = len(dy)
     order = torch.randperm(n)
     alive = order[round(dead * n) :]
     chosen = alive[: round(kept * n)].sort().values
+    scale = torch.rand(len(chosen), dtype=dy.dtype) * 5 if scaled else None
     if not base:
-        return Rows(kept=chosen)
+        return Rows(kept=chosen, scale=scale)
     dropped = torch.zeros(n, dtype=torch.bool)
     dropped[alive] = True
     dropped[chosen] = False
-    return Rows(kept=chosen, base=torch.randn(tokens, dy.shape[1]).to(dy), dropped=dropped)
+    return Rows(kept=chosen, base=torch.randn(tokens, dy.shape[1]).to(dy), dropped=dropped, scale=scale)
+
+
+def written_out(distinct):
+    """dX from its distinct rows, as the graph does it."""
+    rows, index = distinct
+    return rows[index]
 
 
 def products(dy, x, w, rows, *, transposed=False):
     """(dX, dW) as a site computes them."""
     compact = kernel.gather(dy, rows)
-    dx = kernel.input_gradient_of_rows(compact, w, rows, len(dy))
+    dx = written_out(kernel.input_gradient_of_rows(compact, w, rows, len(dy)))
     return dx, kernel.weight_gradient_of_rows(compact, x, rows, transposed=transposed)
 
 
@@ -60,7 +67,7 @@ def check(dy, x, w, rows, transposed=False):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dense_products(transposed):
     dy, x, w = operands(4, 6, 5, 7)
-    torch.testing.assert_close(kernel.input_gradient(dy, w), dy @ w)
+    torch.testing.assert_close(written_out(kernel.input_gradient(dy, w)), dy @ w)
     dw = kernel.weight_gradient(dy, x, transposed=transposed)
     torch.testing.assert_close(dw, x.t() @ dy if transposed else dy.t() @ x)
 
@@ -69,9 +76,10 @@ def test_dense_products(transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dead", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("base", [False, True])
-def test_few_rows_equal_the_estimate_written_out(size, base, dead, transposed):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_few_rows_equal_the_estimate_written_out(size, scaled, base, dead, transposed):
     dy, x, w = operands(*size)
-    check(dy, x, w, rows_of(dy, size[1], base=base, dead=dead), transposed)
+    check(dy, x, w, rows_of(dy, size[1], base=base, dead=dead, scaled=scaled), transposed)
 
 
 @pytest.mark.parametrize("size", SIZES)
