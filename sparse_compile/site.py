@@ -33,6 +33,7 @@ class Site:
         held_back: why a method of the schedule is not applied and only zero rows are skipped, or None.
         shape: as the report gives it, at the last backward; empty before the first.
         method: that of the last backward.
+        kernel: what its products ran on, where there was a choice (on a GPU).
     """
 
     def __init__(
@@ -44,11 +45,15 @@ class Site:
         self.held_back = held_back
         self.shape: tuple[int, ...] = ()
         self.method = "dense" if left_alone else "exact"
+        self.kernel = ""
         self.counters = Counters()
 
     def keep(self, phase: Phase) -> float:
         """The share of the output gradient that ``phase`` lets this site compute."""
         raise NotImplementedError
+
+    def settle(self) -> None:
+        """Bring what is still counted on a device into ``counters``. Waits for the device."""
 
     def forget(self) -> None:
         """Free the remembered gradients; the next backward is exact."""

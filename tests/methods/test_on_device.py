@@ -63,9 +63,7 @@ def test_drawn_are_the_rows_that_sampling_draws(
 ) -> None:
     dy = gradient(dead, device)
     scores = dy.norm(dim=1)
-    ours, theirs = (
-        form(scores, keep, clip, sample.Draw("seed")) for form in (on_device.drawn, sample.rows)
-    )
+    ours, theirs = (form(scores, keep, clip, sample.Draw("seed")) for form in (on_device.drawn, sample.rows))
     assert torch.equal(live_part(ours), theirs.kept)
     assert len(ours.kept) == max(1, round(keep * N))
     torch.testing.assert_close(ours.dense(dy), theirs.dense(dy), rtol=1e-12, atol=0)
@@ -76,7 +74,9 @@ def test_some_rows_are_certain(device: torch.device) -> None:
     """Scores so uneven that the largest are capped at probability 1."""
     scores = torch.tensor([100.0, 50.0, 1, 1, 1, 1, 1, 1, 0, 0], device=device, dtype=torch.float64)
     for seed in range(20):
-        ours, theirs = (form(scores, 0.4, None, sample.Draw(str(seed))) for form in (on_device.drawn, sample.rows))
+        ours, theirs = (
+            form(scores, 0.4, None, sample.Draw(str(seed))) for form in (on_device.drawn, sample.rows)
+        )
         assert live_part(ours)[:2].tolist() == [0, 1]
         assert torch.equal(live_part(ours), theirs.kept)
         torch.testing.assert_close(ours.scale, theirs.scale)

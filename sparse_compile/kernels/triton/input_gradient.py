@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels import choice
 from sparse_compile.kernels.triton import tiles
 
 _GROUP = 8
@@ -127,7 +128,7 @@ def input_gradient(
     kernel = _single if dy.dtype == torch.float32 else _half
     kernel[grid](
         *(dy, w, kept, count, count if scale is None else scale, products),
-        *(last, outputs, inputs, *dy.stride(), *w.stride(), tiles.bucket(len(kept))),
+        *(last, outputs, inputs, *dy.stride(), *w.stride(), choice.bucket(len(kept))),
         SCALED=scale is not None,
         PRECISION=tiles.precision(),
         GROUP=_GROUP,

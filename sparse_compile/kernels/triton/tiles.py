@@ -68,9 +68,4 @@ def tuned(kernel: Any, configs: list[triton.Config], key: list[str]) -> Any:
 
 def precision() -> str:
     """How float32 is to be multiplied: as PyTorch does it, in tf32 where the user allows that."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def bucket(rows: int) -> int:
-    """A number of rows, rounded up to a power of two."""
-    return triton.next_power_of_2(max(rows, 1))
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels import choice
 from sparse_compile.kernels.triton import tiles
 
 _GROUP = 8
@@ -130,7 +131,7 @@ def weight_gradient(
     kernel = _single if dy.dtype == torch.float32 else _half
     kernel[grid](
         *(a, b, kept, count, count if scale is None else scale, sums, height, width),
-        *(*a.stride(), *b.stride(), tiles.bucket(len(kept)), splits),
+        *(*a.stride(), *b.stride(), choice.bucket(len(kept)), splits),
         SCALED=scale is not None,
         PRECISION=tiles.precision(),
         GROUP=_GROUP,

@@ -1,0 +1,202 @@
+"""A linear on a GPU against the same linear on the CPU. Without a GPU the kernels are interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from sparse_compile import Reuse, Sample
+from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels import linear as aten
+from sparse_compile.linear_site import LinearSite
+
+SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 6, 10, 9
+N = SAMPLES * TOKENS
+METHODS = {
+    "exact": None,
+    "reuse": Reuse(0.7),
+    "reuse, sample": Reuse(0.6, source="sample", refresh_every=2),
+    "reuse, elements": Reuse(0.6, granularity="element"),
+    "reuse, most rows": Reuse(0.1),
+    "sample": Sample(0.3),
+    "sample, clip": Sample(0.3, clip=1.5),
+    "sample dW": Sample(0.3, gradients="weight"),
+    "sample dX": Sample(0.3, gradients="input"),
+}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["aten", "triton"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies, whichever would be faster."""
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: request.param)
+    return str(request.param)
+
+
+def batch(step: int, dead: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+    """dY, X, W, with a share of dY's rows zero."""
+    generator = torch.Generator().manual_seed(step)
+    shapes = (N, OUTPUTS), (N, INPUTS), (OUTPUTS, INPUTS)
+    dy, x, w = (torch.randn(shape, generator=generator) for shape in shapes)
+    dy[torch.randperm(N, generator=generator)[: round(dead * N)]] = 0
+    return dy, x, w
+
+
+class OnDevice:
+    """Runs a site as on a GPU."""
+
+    def __init__(self, site: LinearSite, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.site, self.device, self.monkeypatch = site, device, monkeypatch
+
+    def __call__(
+        self, dy: Tensor, x: Tensor | None, w: Tensor | None, **options: object
+    ) -> tuple[Tensor | None, Tensor | None]:
+        moved = (None if t is None else t.to(self.device) for t in (dy, x, w))
+        with self.monkeypatch.context() as patch:
+            patch.setattr(on_device, "usable", lambda dy: True)
+            return written(self.site.linear_backward(*moved, **options))
+
+
+def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """dX written out, and dW, on the CPU."""
+    dx, dw = gradients
+    return None if dx is None else dx[0][dx[1]].cpu(), None if dw is None else dw.cpu()
+
+
+@pytest.fixture
+def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OnDevice]:
+    return lambda name="layer": OnDevice(LinearSite(name, seed=1), device, monkeypatch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("gradients", ["dX dW", "dX", "dW", "dX dWᵀ"])
+def test_gradients_are_those_of_the_cpu(
+    name: str, gradients: str, kernel: str, run: Callable[..., OnDevice]
+) -> None:
+    ours, site = run(), LinearSite("layer", seed=1)
+    for step, dead in enumerate((0.4, 0.4, 0.0, 0.9, 1.0)):
+        dy, x, w = batch(step, dead)
+        options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": "dWᵀ" in gradients}
+        operands = (dy, x if "dW" in gradients else None, w if "dX" in gradients else None)
+        theirs = written(site.linear_backward(*operands, **options))
+        torch.testing.assert_close(ours(*operands, **options), theirs, rtol=1e-4, atol=1e-5)
+    assert ours.site.method == site.method
+    assert ours.site.kernel in ("aten", kernel)
+
+
+def test_what_the_device_counted_reaches_the_report(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ours = run()
+    for step in range(3):
+        ours(*batch(step, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    ours.site.settle()
+    done = ours.site.counters
+    assert (done.rows, done.rows_zero, done.rows_computed) == (3 * N, 3 * N // 2, 3 * N // 2)
+    assert done.flops_backward == done.flops_backward_dense / 2
+    ours.site.settle()
+    assert done.rows_zero == 3 * N // 2, "what was counted is counted once"
+
+
+def test_zero_rows_that_are_multiplied_all_the_same_are_not_counted_as_skipped(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "aten")
+    ours = run()
+    ours(*batch(0, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    ours.site.settle()
+    assert ours.site.counters.flops_backward == ours.site.counters.flops_backward_dense
+
+
+def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:
+    ours = run()
+    for step in range(2):
+        ours(*batch(step, 0.5), tokens=TOKENS, method=Reuse(0.7), dw_transposed=False)
+    before = ours.site.counters.rows_zero
+    ours.site.settle()
+    assert ours.site.counters.rows_zero >= before + N // 2
+
+
+def test_looks_for_zero_rows_become_rare_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    looks = []
+    look = on_device.live_rows
+    monkeypatch.setattr(on_device, "live_rows", lambda dy: looks.append(step) or look(dy))
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ours = run()
+    for step in range(40):
+        ours(*batch(step, 0.0), tokens=TOKENS, method=None, dw_transposed=False)
+    assert looks == [0, 2, 6, 14, 30]
+    # Once a look sees some, every later backward looks, and skips them.
+    for step in range(40, 60):
+        ours(*batch(step, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    assert looks[5:] == [*range(46, 60)]
+    assert ours.site.kernel == "triton"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, of inf · 0
+def test_an_overflow_reaches_the_gradients_and_leaves_no_base(run: Callable[..., OnDevice]) -> None:
+    ours = run()
+    options = {"tokens": TOKENS, "dw_transposed": False}
+    for method in (Reuse(0.7), Sample(0.3), None):
+        dy, x, w = batch(0)
+        dy[0] = torch.inf
+        dx, dw = ours(dy, x, w, method=method, **options)
+        assert not dx.isfinite().all()
+        assert not dw.isfinite().all()
+    dx, dw = ours(*batch(1), method=Reuse(0.7), **options)
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
+
+
+def test_the_choice_is_the_fastest_and_is_made_once() -> None:
+    runs = []
+
+    def candidate(name: str, work: int) -> Callable[[], Tensor]:
+        return lambda: runs.append(name) or torch.randn(work, work) @ torch.randn(work, work)
+
+    candidates: Mapping[str, Callable[[], object]] = {
+        "aten": candidate("a", 300),
+        "triton": candidate("t", 3),
+    }
+    assert choice.fastest("a key of this test", candidates) == "triton"
+    count = len(runs)
+    assert choice.fastest("a key of this test", candidates) == "triton"
+    assert len(runs) == count, "no run to choose again"
+    slower = {"aten": candidate("a", 3), "triton": candidate("t", 300)}
+    assert choice.fastest("another key of this test", slower) == "aten"
+
+
+def test_one_candidate_is_not_timed() -> None:
+    def never() -> None:
+        raise AssertionError("it ran")
+
+    assert choice.fastest("a third key of this test", {"aten": never}) == "aten"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: on the CPU there is nothing to wait for"
+)
+@pytest.mark.parametrize("name", ["exact", "reuse", "sample", "sample, clip"])
+def test_nothing_waits_for_the_gpu(name: str, kernel: str, run: Callable[..., OnDevice]) -> None:
+    ours = run()
+    options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": False}
+    operands = [t.cuda() for t in batch(0)]
+    for _ in range(3):  # kernels are built, and the base is there
+        ours.site.linear_backward(*operands, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.site.linear_backward(*operands, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
