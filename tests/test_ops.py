@@ -101,3 +101,9 @@ def test_token_of_a_backend_that_is_gone() -> None:
     dy, x, w = tensors()
     rows, index, _ = linear_backward(torch.tensor([10**9, 3, 0]), dy, x, w, 7, 1, False)
     torch.testing.assert_close(rows[index], dy @ w)
+
+
+@pytest.mark.parametrize("op", [begin, linear_backward])
+def test_no_cuda_graph_may_hold_an_op(op: torch._ops.OpOverload) -> None:
+    """A replay would not ask the runtime what is to be done; Inductor looks for this tag."""
+    assert torch.Tag.cudagraph_unsafe in op.tags
