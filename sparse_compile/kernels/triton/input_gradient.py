@@ -53,7 +53,7 @@ def _gather_matmul(
     if program < column_tiles:
         at = program * BLOCK_N + tl.arange(0, BLOCK_N)
         zero = tl.zeros((BLOCK_N,), products.dtype.element_ty)
-        tl.store(products + n.to(tl.int64) * inputs + at, zero, mask=at < inputs)
+        tl.store(products + tl.cast(n, tl.int64) * inputs + at, zero, mask=at < inputs)
     if program >= row_tiles * column_tiles:
         return
 
@@ -67,7 +67,7 @@ def _gather_matmul(
     # Rows and columns beyond the edge read another one's numbers; what comes of it is not stored.
     rows = tl.load(kept + slots, mask=slots < live, other=0).to(tl.int64)
     from_dy = dy + rows[:, None] * dy_row + k[None, :] * dy_column
-    from_w = w + k[:, None] * w_row + (columns % inputs)[None, :] * w_column
+    from_w = w + k[:, None] * w_row + (columns % inputs).to(tl.int64)[None, :] * w_column
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, outputs, BLOCK_K):
         if EVEN_K:

@@ -43,7 +43,9 @@ def _row_stats(
     for start in range(0, outputs, BLOCK_COLUMNS):
         at = start + columns
         inside = there[:, None] & (at < outputs)[None, :]
-        value = tl.load(from_row + at[None, :] * dy_column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(from_row + at.to(tl.int64)[None, :] * dy_column, mask=inside, other=0.0).to(
+            tl.float32
+        )
         seen |= (value != 0).to(tl.int32)
         if BASED:
             row_of_base = (rows % tokens)[:, None] * outputs
@@ -67,7 +69,7 @@ def _live_rows(
     while (start < outputs) & (tl.min(seen, axis=0) == 0):
         at = start + columns
         inside = there[:, None] & (at < outputs)[None, :]
-        value = tl.load(from_row + at[None, :] * dy_column, mask=inside, other=0.0)
+        value = tl.load(from_row + at.to(tl.int64)[None, :] * dy_column, mask=inside, other=0.0)
         seen |= tl.max((value != 0).to(tl.int32), axis=1)
         start += BLOCK_COLUMNS
     tl.store(live + rows, seen.to(tl.int8), mask=there)

@@ -63,8 +63,8 @@ def _gather_reduce(
     share = tl.cdiv(tl.cdiv(live, splits), BLOCK_K) * BLOCK_K
     stop = tl.minimum(live, (split + 1) * share)
     # Columns beyond the edge read another one's numbers; what comes of it is not stored.
-    from_a = a + (of_a % height)[None, :] * a_column
-    from_b = b + (of_b % width)[None, :] * b_column
+    from_a = a + (of_a % height).to(tl.int64)[None, :] * a_column
+    from_b = b + (of_b % width).to(tl.int64)[None, :] * b_column
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # The row numbers are read one round ahead. Loads that wait for another load of the same round would take
     # a stage of the pipeline from the tiles (on an A100 two).

@@ -26,6 +26,7 @@ class Built:
     """One kernel with one tile, dtype and target.
 
     Attributes:
+        sizes: what was known of the tensors' sizes.
         shared: bytes of shared memory of one program.
         registers: of one thread.
         stack: bytes of one thread; registers that did not fit are spilled there, and nothing else is.
@@ -35,6 +36,7 @@ class Built:
 
     kernel: str
     tile: str
+    sizes: str
     dtype: str
     precision: str
     scaled: bool
@@ -47,15 +49,23 @@ class Built:
 
 
 def build(
-    kernel: Any, constants: dict[str, Any], dtype: str, capability: int, **options: int
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: str,
+    capability: int,
+    *,
+    sizes: str = "multiples of 16",
+    **options: int,
 ) -> dict[str, Any]:
-    """Compile ``kernel`` as it is for contiguous tensors whose sizes are multiples of 16.
+    """Compile ``kernel`` for contiguous tensors.
 
     Args:
         kernel: the ``triton.jit`` function.
         constants: its compile-time arguments.
         dtype: of dY, X, W and what comes out, as Triton's signatures name it.
         capability: of the GPU.
+        sizes: what Triton knows of them, for it compiles anew for ``"multiples of 16"``, ``"ones"``, which
+            become constants, and ``"any"``.
         options: ``num_warps``, ``num_stages``.
     """
     import triton
@@ -65,19 +75,23 @@ def build(
     others = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32"}
     others |= {"live": "*i8"}
     tensors = {"dy", "w", "base", "products", "a", "b", "sums"}
-    unit_strides = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
+    unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        if name in constants or name in unit_strides:
+        if name in constants or name in unit:
             signature[name] = "constexpr"
             continue
+        if sizes == "ones" and name not in others and name not in tensors:
+            signature[name], unit[name] = "constexpr", 1
+            continue
         signature[name] = others.get(name) or (f"*{dtype}" if name in tensors else "i32")
-        if name != "splits":
+        if sizes == "multiples of 16" and name != "splits":
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs={**unit_strides, **constants}, attrs=attributes)
+    source = ASTSource(kernel, signature, constexprs={**unit, **constants}, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     return {
+        "sizes": sizes,
         "shared": compiled.metadata.shared,
         "tensor_cores": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", ptx))),
         "copies": "cp.async" in ptx,
@@ -155,5 +169,32 @@ def others() -> Iterator[Built]:
         )
 
 
+def odd_sizes() -> Iterator[Built]:
+    """Everything once more for sizes that are ones, and for any, on one GPU with one tile."""
+    from sparse_compile.kernels.triton import compaction, input_gradient, row_stats, tiles, weight_gradient
+
+    config = tiles.HALF[90][-1]
+    tile = {**config.kwargs, "SCALED": True, "PRECISION": "ieee", "GROUP": 8}
+    block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
+    kernels: list[tuple[str, Any, dict[str, Any]]] = [
+        ("gather_matmul", input_gradient._gather_matmul, {**tile, "EVEN_K": False}),
+        ("gather_reduce", weight_gradient._gather_reduce, tile),
+        ("row_stats", row_stats._row_stats, {**block, "BASED": True}),
+        ("live_rows", row_stats._live_rows, block),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK}),
+    ]
+    for (name, kernel, constants), sizes in itertools.product(kernels, ("ones", "any")):
+        yield Built(
+            kernel=name,
+            tile=str(constants),
+            dtype="bf16",
+            precision="ieee",
+            scaled=True,
+            capability=90,
+            **build(kernel, constants, "bf16", 90, sizes=sizes),
+        )
+
+
 if __name__ == "__main__":
-    json.dump([dataclasses.asdict(built) for built in itertools.chain(products(), others())], sys.stdout)
+    everything = itertools.chain(products(), others(), odd_sizes())
+    json.dump([dataclasses.asdict(built) for built in everything], sys.stdout)
