@@ -26,6 +26,8 @@ from sparse_compile.settings.reuse import Reuse
 
 # Products over gathered rows are not as fast as dense ones: fewer zero rows than this are not skipped.
 _WORTH_SKIPPING = 1 / 16
+# FLOPs of the two products, below which looking takes longer than multiplying: an H100 does 4e9 in 5 µs.
+_WORTH_LOOKING = 4e9
 # Backwards between two looks, at most. A look costs about 10 µs where a 1024 × 1024 layer of 16 k tokens
 # takes 100 (an estimate from bandwidths and launches, not a measurement).
 _LONGEST_PAUSE = 15
@@ -54,8 +56,10 @@ class DeviceLinear:
         self._pause = 0
         self._passed = 0
 
-    def live_rows(self, dy: Tensor) -> Rows | None:
+    def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
         """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay."""
+        if 4 * dy.numel() * inputs < _WORTH_LOOKING:
+            return None
         worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
         if not worth_it and self._passed < self._pause:
             self._passed += 1

@@ -96,7 +96,7 @@ class LinearSite(Site):
         """The number of rows skipped as zero, as far as the host knows, and dY without them."""
         if self._device is None:
             return self._skip_zero_rows(dy, exact.live_rows(dy))
-        estimate = self._device.live_rows(dy)
+        estimate = self._device.live_rows(dy, self.shape[1])
         return 0, (dy, dy) if estimate is None else (estimate, estimate)
 
     def _skip_zero_rows(self, dy: Tensor, live: Tensor | None) -> tuple[int, Estimates]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,25 @@ with warnings.catch_warnings():
         # and Inductor imports it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._inductor.compile_fx
+
+TUNED = ("_half", "_single")  # kernels, by dtype
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _untuned() -> Iterator[None]:
+    """On a GPU: one tile for each kernel. To tune is to build all of them, for every shape in the tests."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from sparse_compile.kernels.triton import input_gradient, weight_gradient
+
+    tuned = [getattr(module, name) for module in (input_gradient, weight_gradient) for name in TUNED]
+    lists = [kernel.configs for kernel in tuned]
+    for kernel in tuned:
+        kernel.configs = kernel.configs[-1:]
+    yield
+    for kernel, configs in zip(tuned, lists, strict=True):
+        kernel.configs = configs
 
 
 @pytest.fixture(autouse=True)

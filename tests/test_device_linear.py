@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile import Reuse, Sample
+from sparse_compile import Reuse, Sample, device_linear
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.linear_site import LinearSite
@@ -63,6 +63,7 @@ class OnDevice:
         moved = (None if t is None else t.to(self.device) for t in (dy, x, w))
         with self.monkeypatch.context() as patch:
             patch.setattr(on_device, "usable", lambda dy: True)
+            patch.setattr(device_linear, "_WORTH_LOOKING", 0)
             return written(self.site.linear_backward(*moved, **options))
 
 
@@ -127,6 +128,21 @@ def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> No
     assert ours.site.counters.rows_zero >= before + N // 2
 
 
+def test_a_layer_that_costs_nothing_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    def never(dy: Tensor) -> None:
+        raise AssertionError("it looked")
+
+    monkeypatch.setattr(on_device, "usable", lambda dy: True)
+    monkeypatch.setattr(on_device, "live_rows", never)
+    ours = run()
+    options = {"tokens": TOKENS, "method": None, "dw_transposed": False}
+    gradients = ours.site.linear_backward(*(t.to(ours.device) for t in batch(0)), **options)
+    dy, x, w = batch(0)
+    torch.testing.assert_close(written(gradients), (dy @ w, dy.t() @ x), rtol=1e-4, atol=1e-5)
+
+
 def test_looks_for_zero_rows_become_rare_where_there_are_none(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
 ) -> None:
@@ -189,10 +205,13 @@ def test_one_candidate_is_not_timed() -> None:
     not torch.cuda.is_available(), reason="needs a GPU: on the CPU there is nothing to wait for"
 )
 @pytest.mark.parametrize("name", ["exact", "reuse", "sample", "sample, clip"])
-def test_nothing_waits_for_the_gpu(name: str, kernel: str, run: Callable[..., OnDevice]) -> None:
+def test_nothing_waits_for_the_gpu(
+    name: str, kernel: str, run: Callable[..., OnDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = run()
     options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": False}
     operands = [t.cuda() for t in batch(0)]
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
     for _ in range(3):  # kernels are built, and the base is there
         ours.site.linear_backward(*operands, **options)
     torch.cuda.set_sync_debug_mode("error")
