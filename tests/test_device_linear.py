@@ -10,10 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile import Reuse, Sample, device_linear
+from sparse_compile import Reuse, Sample, Schedule, device_linear, sparse_backend
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.linear_site import LinearSite
+from sparse_compile.runtime import NO_TOKEN
 
 SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 6, 10, 9
 N = SAMPLES * TOKENS
@@ -174,6 +175,50 @@ def test_an_overflow_reaches_the_gradients_and_leaves_no_base(run: Callable[...,
     dx, dw = ours(*batch(1), method=Reuse(0.7), **options)
     assert dx.isfinite().all()
     assert dw.isfinite().all()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the ops: every linear takes the GPU's path, and Triton's kernels."""
+    monkeypatch.setattr(on_device, "usable", lambda dy: True)
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+
+
+@pytest.mark.parametrize("gradients", ["dX dW", "dX", "dW"])
+@pytest.mark.parametrize("dw_transposed", [False, True])
+def test_opcheck(gradients: str, dw_transposed: bool, device: torch.device, as_on_a_gpu: None) -> None:
+    """What the kernels return is what compilers were told."""
+    dy, x, w = (t.to(device) for t in batch(0))
+    operands = (dy, x if "dW" in gradients else None, w if "dX" in gradients else None)
+    op = torch.ops.sparse_compile.linear_backward.default
+    torch.library.opcheck(op, (torch.tensor(NO_TOKEN), *operands, 0, TOKENS, dw_transposed))
+
+
+@pytest.mark.parametrize("name", ["exact", "reuse", "sample"])
+def test_training_a_model(name: str, device: torch.device, as_on_a_gpu: None) -> None:
+    """Through the whole backend: the report says what multiplied, and how much was skipped."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(INPUTS, 16), torch.nn.Tanh(), torch.nn.Linear(16, OUTPUTS)
+    model = torch.nn.Sequential(*layers).to(device)
+    backend = sparse_backend(Schedule(linear=METHODS[name]), compiler="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    mask = (torch.arange(TOKENS, device=device) < TOKENS // 2).float().unsqueeze(1)
+    x = torch.randn(SAMPLES, TOKENS, INPUTS, device=device)
+    for _ in range(2):
+        model.zero_grad()
+        (compiled(x).square() * mask).sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+    report = backend.report()
+    assert [site.kernel for site in report.sites] == ["triton", "triton"]
+    assert report.sites[1].rows_skipped == N, "half of the rows, twice"
+    assert f"{name}, triton" in str(report)
+    if name == "exact":
+        assert report.totals["flops_backward"] == report.totals["flops_backward_dense"] / 2
+        model.zero_grad()
+        (model(x).square() * mask).sum().backward()
+        for ours, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_choice_is_the_fastest_and_is_made_once() -> None:

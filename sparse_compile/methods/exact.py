@@ -8,7 +8,6 @@ movie-review snippets padded to 64 tokens: 62 % of all rows over a 6-layer BERT.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_compile.methods.rows import Rows
