@@ -192,7 +192,10 @@ def test_opcheck(gradients: str, dw_transposed: bool, device: torch.device, as_o
     dy, x, w = (t.to(device) for t in batch(0))
     operands = (dy, x if "dW" in gradients else None, w if "dX" in gradients else None)
     op = torch.ops.sparse_compile.linear_backward.default
-    torch.library.opcheck(op, (torch.tensor(NO_TOKEN), *operands, 0, TOKENS, dw_transposed))
+    arguments = (torch.tensor(NO_TOKEN), *operands, 0, TOKENS, dw_transposed)
+    # Not the comparison of results: rows that the index does not name hold anything.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", ["exact", "reuse", "sample"])
