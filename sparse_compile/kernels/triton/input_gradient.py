@@ -93,15 +93,7 @@ _half = tiles.tuned(_even(_gather_matmul), tiles.half(), _KEY)
 _single = tiles.tuned(_even(_gather_matmul), tiles.SINGLE, _KEY)
 
 
-def input_gradient(
-    dy: Tensor,
-    w: Tensor,
-    kept: Tensor,
-    count: Tensor,
-    scale: Tensor | None = None,
-    *,
-    rows: int | None = None,
-) -> Tensor:
+def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Tensor | None = None) -> Tensor:
     """The products of the kept rows; see :func:`reference.input_gradient`.
 
     Args:
@@ -110,14 +102,12 @@ def input_gradient(
         kept: int32 or int64 [C], C ≤ N, contiguous: row numbers, of which the first ``count`` are read.
         count: int32 [1], on the device.
         scale: [C], or None.
-        rows: how many rows the result is to have, N + 1 unless given. The last is the zero row.
 
     Returns:
-        [rows, I]: products, in the order of ``kept``; then rows that are not written; then a row of zeros.
+        [N + 1, I]: products, in the order of ``kept``; then rows that are not written; then a row of zeros.
     """
     (n, outputs), inputs = dy.shape, w.shape[1]
-    last = n if rows is None else rows - 1
-    products = dy.new_empty(last + 1, inputs)
+    products = dy.new_empty(n + 1, inputs)
     if inputs == 0:
         return products
 
@@ -128,7 +118,7 @@ def input_gradient(
     kernel = _single if dy.dtype == torch.float32 else _half
     kernel[grid](
         *(dy, w, kept, count, count if scale is None else scale, products),
-        *(last, outputs, inputs, *dy.stride(), *w.stride(), choice.bucket(len(kept))),
+        *(n, outputs, inputs, *dy.stride(), *w.stride(), choice.bucket(len(kept))),
         SCALED=scale is not None,
         PRECISION=tiles.precision(),
         GROUP=_GROUP,

@@ -166,16 +166,21 @@ def test_what_is_not_finite_reaches_the_gradients(device: torch.device) -> None:
     assert weight_gradient(c.dy, c.x, c.kept, c.count)[3].isnan().all()
 
 
-def test_rows_that_are_not_computed_are_not_written(device: torch.device) -> None:
-    """Early exit: what lies between the last live tile and the row of zeros is nobody's to write. Checked by
-    the room for the base that ``rows`` leaves, and a capacity smaller than N."""
-    c = case((37, 45, 29), 0.5, device)
-    kept = c.kept[:20]
-    products = input_gradient(c.dy, c.w, kept, c.count, rows=26)
-    assert products.shape == (26, 29)
-    assert not products[25].any()
+def test_rows_beyond_the_count_are_not_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early exit, also with room for fewer rows than there are: the room behind it is for the base."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    c = case((37, 45, 29), 0.4, device)
+    count = int(c.count)
+    torch.use_deterministic_algorithms(True)  # what is empty holds NaNs
+    try:
+        products = input_gradient(c.dy, c.w, c.kept[:20], c.count)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert products[count:-1].isnan().all()
+    assert len(products[count:-1]) == 37 - count
+    assert not products[-1].any()
     wanted = reference.input_gradient(c.dy, c.w, c.kept, c.count)
-    torch.testing.assert_close(products[: int(c.count)], wanted[:-1])
+    torch.testing.assert_close(products[:count], wanted[:-1])
 
 
 def test_int64_row_numbers_will_do(device: torch.device) -> None:
