@@ -10,7 +10,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test train bench
+.PHONY: help install lint test train bench gpu
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,3 +38,7 @@ train: $(STAMP) ## Fine-tune MiniLM on movie reviews, dense against sparse; writ
 
 bench: $(STAMP) ## Time a training step against plain torch.compile
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+# Where the GPU is there may be no network: this takes the Python at hand as it is, and installs nothing.
+gpu: ## On a GPU: test the Triton kernels there, then time them; 8 minutes, offline
+	$(PYTHON) benchmarks/gpu.py $(ARGS)

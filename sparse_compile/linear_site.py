@@ -7,10 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
+from sparse_compile.kernels import on_device
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, reuse, sample
-from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.rows import Estimate, Rows
 from sparse_compile.phases import parse_n_m
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
@@ -18,8 +20,7 @@ from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
 
-# Estimates of dY, the one that dX and the one that dW is computed from: a few rows, or written out.
-Estimate = Rows | Tensor
+# Estimates of dY, the one that dX and the one that dW is computed from.
 Estimates = tuple[Estimate, Estimate]
 
 # Beyond this share of the rows, writing the estimate out and multiplying it whole is as cheap.
@@ -33,6 +34,7 @@ class LinearSite(Site):
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
+        self._device: DeviceLinear | None = None
 
     def linear_backward(
         self,
@@ -58,6 +60,8 @@ class LinearSite(Site):
         """
         (n, outputs), inputs = dy.shape, next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, outputs)
+        if self._device is None and on_device.usable(dy):
+            self._device = DeviceLinear()
         measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
         method = None if phase is None or measured or self.held_back else phase.linear
         zero: int
@@ -67,7 +71,7 @@ class LinearSite(Site):
             zero, estimates = 0, (dy, dy)
         elif method is None or self._share(method) == 1.0:
             self.method = "exact"
-            zero, estimates = self._skip_zero_rows(dy, exact.live_rows(dy))
+            zero, estimates = self._exactly(dy)
         elif isinstance(method, Reuse):
             self.method = method.method
             zero, estimates = self._reuse(dy, tokens, method, use)
@@ -76,21 +80,12 @@ class LinearSite(Site):
             zero, estimates = self._sample(dy, x, method, use)
         for_dx, for_dw = estimates
         self._count(zero, None if w is None else for_dx, None if x is None else for_dw)
-        dx = dw = None
-        compact = None
-        if w is not None:
-            if isinstance(for_dx, Rows):
-                compact = kernel.gather(dy, for_dx)
-                dx = kernel.input_gradient_of_rows(compact, w, for_dx, n)
-            else:
-                dx = kernel.input_gradient(for_dx, w)
-        if x is not None:
-            if isinstance(for_dw, Rows):
-                if compact is None or for_dw is not for_dx:
-                    compact = kernel.gather(dy, for_dw)
-                dw = kernel.weight_gradient_of_rows(compact, x, for_dw, transposed=dw_transposed)
-            else:
-                dw = kernel.weight_gradient(for_dw, x, transposed=dw_transposed)
+        multiply = kernel.backward
+        if self._device is not None and not self.left_alone:
+            multiply = self._device.backward
+        dx, dw = multiply(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
+        if self._device is not None:
+            self.kernel = self._device.kernel
         if measured and x is not None and dw is not None:
             self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
@@ -105,6 +100,13 @@ class LinearSite(Site):
             return self.controller.row_share(self.name)
         return cast(float, method.keep)
 
+    def _exactly(self, dy: Tensor) -> tuple[int, Estimates]:
+        """The number of rows skipped as zero, as far as the host knows, and dY without them."""
+        if self._device is None:
+            return self._skip_zero_rows(dy, exact.live_rows(dy))
+        estimate = self._device.live_rows(dy, self.shape[1])
+        return 0, (dy, dy) if estimate is None else (estimate, estimate)
+
     def _skip_zero_rows(self, dy: Tensor, live: Tensor | None) -> tuple[int, Estimates]:
         """The number of rows skipped as zero, and dY without them."""
         if live is None:
@@ -118,11 +120,14 @@ class LinearSite(Site):
 
     def _reuse(self, dy: Tensor, tokens: int, method: Reuse, use: Use) -> tuple[int, Estimates]:
         """Estimate dY by reuse, and remember it as the schedule says."""
-        live = exact.live_rows(dy)
         base = self._memory.recall(use, dy, tokens)
         if base is None:
-            zero, estimates = self._skip_zero_rows(dy, live)
+            zero, estimates = self._exactly(dy)
+        elif self._device is not None and self._device.can_reuse(dy, base, method):
+            estimate = self._device.reuse(dy, base, method.keep)
+            zero, estimates = 0, (estimate, estimate)
         else:
+            live = exact.live_rows(dy)
             zero = 0 if live is None else len(dy) - int(live.sum())
             estimates = _reuse_estimates(dy, base, method, live)
         self._memory.renew(
@@ -140,30 +145,37 @@ class LinearSite(Site):
         self, dy: Tensor, x: Tensor | None, method: Sample | Adaptive, use: Use
     ) -> tuple[int, Estimates]:
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
-        norms = torch.linalg.vector_norm(dy, dim=1, dtype=sample.wide(dy.dtype))
-        if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
-            return 0, (dy, dy)
-        live = int(norms.count_nonzero())
+        choose = sample.rows
+        if self._device is None:
+            norms = torch.linalg.vector_norm(dy, dim=1, dtype=sample.wide(dy.dtype))
+            if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
+                return 0, (dy, dy)
+            live = int(norms.count_nonzero())
+        else:
+            norms, choose, live = self._device.norms(dy), self._device.draw, len(dy)
         draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
         self._draws += 1
         if isinstance(method, Adaptive):
+            if self._device is not None:
+                live = int(norms.count_nonzero())  # the one count that a GPU is waited for
             k, gradients, clip = sample.count(self._share(method), live), "weight", None
         else:
             k, gradients, clip = sample.count(self._share(method), len(dy)), method.gradients, method.clip
         for_dx = for_dw = None
         if gradients != "weight":
-            for_dx = sample.rows(norms, k, clip, draw)
+            for_dx = choose(norms, k, clip, draw)
         if gradients != "input" and x is not None:
             scores = norms * torch.linalg.vector_norm(x, dim=1, dtype=norms.dtype)
-            for_dw = sample.rows(scores, k, clip, draw)
+            for_dw = choose(scores, k, clip, draw)
         zero = len(dy) - live
         if for_dx is None or for_dw is None:  # a product that is not sampled, or not asked for
-            _, (exactly, _) = self._skip_zero_rows(dy, exact.live_rows(dy) if zero else None)
+            _, (exactly, _) = self._exactly(dy) if zero or self._device else (0, (dy, dy))
             return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
         return zero, (for_dx, for_dw)
 
     def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None) -> None:
         n, inputs, outputs = self.shape
+        # Rows that the device alone has counted are taken as computed here, and taken off by settle().
         computed = [
             estimate.computed if isinstance(estimate, Rows) else n
             for estimate in (for_dx, for_dw)
@@ -176,6 +188,13 @@ class LinearSite(Site):
         self.counters.flops_forward += 2 * n * outputs * inputs
         self.counters.flops_backward_dense += 2 * n * outputs * inputs * len(computed)
         self.counters.flops_backward += 2 * sum(computed) * outputs * inputs
+
+    def settle(self) -> None:
+        if self._device is not None:
+            zero, skipped, flops = self._device.settle()
+            self.counters.rows_zero += zero
+            self.counters.rows_computed -= skipped
+            self.counters.flops_backward -= flops
 
     def forget(self) -> None:
         self._memory.clear()

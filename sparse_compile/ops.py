@@ -32,6 +32,9 @@
 Ratios, bases and counters are looked up when an op runs, so nothing that changes from step to step is in
 the graph, and both ops are opaque to Inductor. They are not pure: a backend that is not running (an
 exported graph, say) gets the token (-1, -1, -1), with which a linear is done by exact skipping alone.
+
+Nor may a CUDA graph hold them: a replay would not ask the runtime again. They are tagged so, and Inductor
+(``mode="reduce-overhead"``) captures what lies between them.
 """
 
 from __future__ import annotations
@@ -53,12 +56,12 @@ from sparse_compile.linear_site import LinearSite
 _library = torch.library.Library("sparse_compile", "DEF")
 _library.define(
     "begin(Tensor anchor, str manifest) -> Tensor",
-    tags=(torch.Tag.nondeterministic_seeded,),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
     " bool dw_transposed) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
     "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"

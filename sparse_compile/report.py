@@ -36,6 +36,7 @@ class SiteReport:
         rewritten: whether an op of ours does its backward.
         reason: why not, or why it gets another method than the schedule's.
         calls: how often it is used in one forward.
+        kernel: on a GPU, what its last products ran on: ``"aten"`` or ``"triton"``, whichever was faster.
         rows: rows of dY in all backwards so far; of an attention, queries of a sample.
         rows_skipped: how many of those were zero and skipped exactly.
         rows_computed: how many took part in the products, with rows of the base and rows that fill up.
@@ -51,6 +52,7 @@ class SiteReport:
     rewritten: bool
     reason: str
     calls: int
+    kernel: str = ""
     rows: int = 0
     rows_skipped: int = 0
     rows_computed: int = 0
@@ -162,7 +164,7 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
         site.name,
         site.kind,
         " × ".join(map(str, site.shape)),
-        site.method,
+        f"{site.method}, {site.kernel}" if site.kernel else site.method,
         f"{site.keep:.2f}",
         f"{site.rows_skipped / site.rows:.0%}" if site.rows else "",
         f"{site.flops_backward_dense / 1e9:.3f}",
@@ -249,6 +251,7 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
             flops_backward_dense=backward,
             flops_backward=backward,
         )
+    site.settle()
     done = site.counters
     # Before the first backward there is nothing to average, and the traced graph stands in.
     runs = done.backwards / len(rewritten)
@@ -256,6 +259,7 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
         **common,
         shape=site.shape or first.shape,
         method=site.method,
+        kernel=site.kernel,
         keep=site.keep(runtime.clock.phase),
         rewritten=site.left_alone is None,
         reason=site.left_alone or site.held_back or first.reason,

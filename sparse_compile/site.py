@@ -36,6 +36,7 @@ class Site:
         block: (index, count) of the repeated block of the model that it is in, or None.
         shape: as the report gives it, at the last backward; empty before the first.
         method: that of the last backward.
+        kernel: what its products ran on, where there was a choice (on a GPU).
     """
 
     def __init__(
@@ -56,11 +57,15 @@ class Site:
         self.controller = controller or Controller(Schedule.exact())
         self.shape: tuple[int, ...] = ()
         self.method = "dense" if left_alone else "exact"
+        self.kernel = ""
         self.counters = Counters()
 
     def keep(self, phase: Phase) -> float:
         """The share of the output gradient that ``phase`` lets this site compute."""
         raise NotImplementedError
+
+    def settle(self) -> None:
+        """Bring what is still counted on a device into ``counters``. Waits for the device."""
 
     def forget(self) -> None:
         """Free the remembered gradients; the next backward is exact."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -10,7 +12,32 @@ import pytest
 with warnings.catch_warnings():
     # torch.utils.mkldnn, which Inductor imports, still declares itself with `torch.jit.script_method`.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+    import torch
+
+    if not torch.cuda.is_available():
+        # Our Triton kernels then run in numpy, on CPU tensors. It has to be said before Triton is imported,
+        # and Inductor imports it.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._inductor.compile_fx
+
+TUNED = ("_half", "_single")  # kernels, by dtype
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _untuned() -> Iterator[None]:
+    """On a GPU: one tile for each kernel. To tune is to build all of them, for every shape in the tests."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from sparse_compile.kernels.triton import input_gradient, weight_gradient
+
+    tuned = [getattr(module, name) for module in (input_gradient, weight_gradient) for name in TUNED]
+    lists = [kernel.configs for kernel in tuned]
+    for kernel in tuned:
+        kernel.configs = kernel.configs[-1:]
+    yield
+    for kernel, configs in zip(tuned, lists, strict=True):
+        kernel.configs = configs
 
 
 @pytest.fixture(autouse=True)

@@ -181,3 +181,9 @@ def test_opcheck_sample_weights() -> None:
 
 def test_without_a_backend_every_sample_is_kept() -> None:
     assert torch.equal(sample_weights(token(), torch.rand(ROWS), 0), torch.ones(ROWS))
+
+
+@pytest.mark.parametrize("op", [begin, linear_backward])
+def test_no_cuda_graph_may_hold_an_op(op: torch._ops.OpOverload) -> None:
+    """A replay would not ask the runtime what is to be done; Inductor looks for this tag."""
+    assert torch.Tag.cudagraph_unsafe in op.tags

@@ -20,17 +20,28 @@ class Rows:
         base: [T, O], or None if the other rows are all zero.
         dropped: bool [N], or None together with ``base``.
         scale: what the kept rows are multiplied by, [k], or None: nothing.
+        count: int32 [1], or None: all of ``kept`` count. With a count, only its first ``count`` entries do,
+            and are ascending. The others fill a buffer of a fixed size, so that the host need not know the
+            number: rows that are zero, with scale 0, or, where it is ``padded``, anything.
+        slot: int64 [N], where in ``kept`` a row stands, or N if it does not; None if nobody has counted.
     """
 
     kept: Tensor
     base: Tensor | None = None
     dropped: Tensor | None = None
     scale: Tensor | None = None
+    count: Tensor | None = None
+    slot: Tensor | None = None
 
     @property
     def computed(self) -> int:
-        """The number of rows that take part in the products."""
+        """The number of rows that take part in the products; with a ``count``, the most that may."""
         return self.kept.numel() + (0 if self.base is None else self.base.shape[0])
+
+    @property
+    def padded(self) -> bool:
+        """Whether most of ``kept`` may be beyond the count: a buffer for all rows that are not zero."""
+        return self.slot is not None
 
     def dense(self, dy: Tensor) -> Tensor:
         """Ŷ written out, [N, O]."""
@@ -42,3 +53,7 @@ class Rows:
         if self.scale is not None:
             kept = (kept * self.scale.unsqueeze(1)).to(dy.dtype)
         return estimate.index_copy_(0, self.kept, kept)
+
+
+# An estimate of dY: few distinct rows, or written out, [N, O].
+Estimate = Rows | Tensor

@@ -1,0 +1,166 @@
+"""A linear layer on a GPU: the same methods and products, with no waiting for the GPU.
+
+On the CPU a site looks at its rows and then decides. Here looking means to wait, so
+
+- rows are chosen by the forms of ``methods/on_device.py``, whose number stays on the device;
+- whether to skip zero rows is decided by how many there were at the backward before. Both ways are exact, so
+  a wrong guess costs time only. Where there were none, the next looks are further and further apart;
+- what multiplies is timed once for every shape (``kernels/choice.py``): ATen, on the whole of dY or on
+  gathered rows, or Triton, which gathers inside the product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels import linear as aten
+from sparse_compile.later import Later
+from sparse_compile.methods import on_device as methods
+from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.sample import Draw
+from sparse_compile.settings.reuse import Reuse
+
+# Products over gathered rows are not as fast as dense ones: fewer zero rows than this are not skipped.
+_WORTH_SKIPPING = 1 / 16
+# FLOPs of the two products, below which looking takes longer than multiplying: an H100 does 4e9 in 5 µs.
+_WORTH_LOOKING = 4e9
+# Backwards between two looks, at most. A look costs about 10 µs where a 1024 × 1024 layer of 16 k tokens
+# takes 100 (an estimate from bandwidths and launches, not a measurement).
+_LONGEST_PAUSE = 15
+# Beyond this share of the rows, writing the estimate out and multiplying it whole is as cheap.
+_DENSE_SHARE = 0.9
+
+
+@dataclasses.dataclass(slots=True)
+class Tally:
+    """Sums that are kept on the device: rows that were zero, those of them that were skipped, and the FLOPs
+    that this saved."""
+
+    zero: Tensor | int = 0
+    skipped: Tensor | int = 0
+    flops: Tensor | int = 0
+
+
+class DeviceLinear:
+    """What a site of a linear keeps for its GPU. Attributes: ``kernel``, what its last products ran on."""
+
+    def __init__(self) -> None:
+        self.kernel = ""
+        self._tally = Tally()
+        self._last_look: tuple[Later, int] | None = None  # how many rows were alive, of how many
+        self._expected = 1.0  # share of live rows
+        self._pause = 0
+        self._passed = 0
+
+    def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
+        """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay."""
+        if 4 * dy.numel() * inputs < _WORTH_LOOKING:
+            return None
+        worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
+        if not worth_it and self._passed < self._pause:
+            self._passed += 1
+            return None
+        rows = on_device.live_rows(dy)
+        assert rows.count is not None
+        first = self._last_look is None
+        self._last_look = Later(rows.count), max(len(dy), 1)
+        if first:
+            worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
+        self._passed = 0
+        self._pause = 0 if worth_it else min(2 * self._pause + 1, _LONGEST_PAUSE)
+        return rows if worth_it else None
+
+    def _share_of_last_look(self) -> float:
+        """Share of the rows that were alive then; 1 before the first."""
+        if self._last_look is not None:
+            alive, n = self._last_look
+            self._expected = alive.read() / n
+        return self._expected
+
+    def can_reuse(self, dy: Tensor, base: Tensor, method: Reuse) -> bool:
+        """Whether ``method`` keeps whole rows, and few enough of them."""
+        computed = max(1, round(method.keep * len(dy))) + len(base)
+        return method.granularity == "row" and computed <= _DENSE_SHARE * len(dy)
+
+    def reuse(self, dy: Tensor, base: Tensor, keep: float) -> Rows:
+        """Rows of dY [N, O] by the norm of their residual; see ``methods/reuse.py``."""
+        squares, live = on_device.row_stats(dy, base.contiguous())
+        self._tally.zero = self._tally.zero + (len(dy) - live.sum())
+        return methods.largest(squares, live, keep, base)
+
+    def norms(self, dy: Tensor) -> Tensor:
+        """‖dY_i‖ in float32, [N]; zero exactly where the row is."""
+        squares, live = on_device.row_stats(dy)
+        self._tally.zero = self._tally.zero + (len(dy) - live.sum())
+        # The square of an entry below 1e-23 is zero, and yet its row needs a chance.
+        smallest = torch.finfo(squares.dtype).tiny
+        return torch.where(live, squares.sqrt().clamp(min=smallest), 0.0)
+
+    def draw(self, scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
+        """k rows drawn at random by ``scores`` [N]; see ``methods/sample.py``."""
+        return methods.drawn(scores, k, clip, draw)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        w: Tensor | None,
+        for_dx: Estimate,
+        for_dw: Estimate,
+        *,
+        dw_transposed: bool,
+    ) -> tuple[aten.DistinctRows | None, Tensor | None]:
+        """As :func:`kernels.linear.backward`, on whatever is fastest.
+
+        Zero rows that could be skipped may as well be multiplied: ATen gets the whole of dY there. It gets
+        gathered rows where their number is fixed.
+        """
+        estimates = (for_dx, for_dw)
+        for_aten = [dy if isinstance(e, Rows) and e.padded else e for e in estimates]
+
+        def by_aten() -> tuple[aten.DistinctRows | None, Tensor | None]:
+            return aten.backward(dy, x, w, *for_aten, dw_transposed=dw_transposed)
+
+        def by_triton() -> tuple[aten.DistinctRows | None, Tensor | None]:
+            return on_device.backward(dy, x, w, *estimates, dw_transposed=dw_transposed)
+
+        wanted = [e for e, other in zip(estimates, (w, x), strict=True) if other is not None]
+        if not any(isinstance(e, Rows) and e.count is not None for e in wanted):
+            self.kernel = "aten"
+            return by_aten()
+        inputs = next(t.shape[1] for t in (x, w) if t is not None)
+        key = (
+            *(dy.device, dy.dtype, choice.bucket(len(dy)), dy.shape[1], inputs, x is None, w is None),
+            *(dw_transposed, for_dx is for_dw, *map(self._describe, estimates)),
+        )
+        self.kernel = choice.fastest(key, {"aten": by_aten, "triton": by_triton})
+        if self.kernel == "aten":
+            return by_aten()
+        self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted)
+        return by_triton()
+
+    def _describe(self, estimate: Estimate) -> tuple[object, ...]:
+        """What the time of a product depends on."""
+        if not isinstance(estimate, Rows):
+            return ("dense",)
+        if estimate.padded:
+            return ("live", round(8 * self._expected))
+        tokens = 0 if estimate.base is None else len(estimate.base)
+        return ("kept", len(estimate.kept), tokens, estimate.scale is None)
+
+    def _count_skipped(self, n: int, flops: int, wanted: list[Estimate]) -> None:
+        counts = [e.count for e in wanted if isinstance(e, Rows) and e.padded and e.count is not None]
+        if counts:
+            skipped = (n - counts[0]).to(torch.int64).sum()
+            self._tally.zero = self._tally.zero + skipped
+            self._tally.skipped = self._tally.skipped + skipped
+            self._tally.flops = self._tally.flops + skipped * (flops * len(counts))
+
+    def settle(self) -> tuple[int, int, int]:
+        """The tally since the last call, on the host."""
+        done, self._tally = self._tally, Tally()
+        return int(done.zero), int(done.skipped), int(done.flops)

@@ -1,0 +1,67 @@
+"""Which of several kernels is fastest for a shape, on the GPU at hand: timed once, where it is first needed.
+
+What is chosen depends on the GPU and on sizes alone, so it is remembered for the process and all backends in
+it. (Two runs may choose differently where two kernels are about as fast, and then differ by rounding.)
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
+
+_WARMUPS = 2
+_ROUNDS = 5
+# How much faster than the first candidate another has to be: timings are no better than that.
+_MARGIN = 0.97
+
+_chosen: dict[Hashable, str] = {}
+
+
+def fastest(key: Hashable, candidates: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the fastest candidate; of the first, the safe one, unless another is clearly faster.
+
+    Args:
+        key: what the answer depends on; timed once for each.
+        candidates: name -> what to run; it is run several times, and its result thrown away.
+    """
+    if key not in _chosen:
+        if len(candidates) == 1 or _capturing():
+            return next(iter(candidates))
+        seconds = _time(candidates)
+        first, best = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+        _chosen[key] = best if seconds[best] < _MARGIN * seconds[first] else first
+    return _chosen[key]
+
+
+def bucket(number: int) -> int:
+    """``number`` rounded up to a power of two, for keys."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _time(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, in rounds of one run of each."""
+    for run in candidates.values():
+        for _ in range(_WARMUPS):
+            run()
+    rounds = [{name: _seconds(run) for name, run in candidates.items()} for _ in range(_ROUNDS)]
+    return {name: statistics.median(seconds[name] for seconds in rounds) for name in candidates}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000

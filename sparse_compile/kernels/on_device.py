@@ -1,0 +1,103 @@
+"""The two products of a linear's backward over rows whose number only the device knows, by Triton.
+
+They are those of ``linear.py``, with the same results, up to the order of sums. The rows are gathered inside
+the products; those of the base (P · W and Pᵀ · Σ dropped X, 1/B of the dense work) are left to ATen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import triton
+from sparse_compile.kernels.linear import DistinctRows, input_gradient, sum_dropped, weight_gradient
+from sparse_compile.methods.rows import Estimate, Rows
+
+
+def usable(dy: Tensor) -> bool:
+    """Whether the kernels can multiply ``dy``: on an Ampere GPU or a newer one, in a dtype that they know."""
+    return (
+        dy.is_cuda
+        and dy.dtype in triton.DTYPES
+        and triton.installed()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(dy.device) >= (8, 0)
+    )
+
+
+def live_rows(dy: Tensor) -> Rows:
+    """The rows of ``dy`` [N, O] that are not zero, as an estimate that is exact, in a buffer of size N."""
+    from sparse_compile.kernels.triton.compaction import compact
+    from sparse_compile.kernels.triton.row_stats import live_rows
+
+    kept, count, slot = compact(live_rows(dy))
+    return Rows(kept, count=count, slot=slot)
+
+
+def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """‖dY_i − P_t‖² in float32 [N], and which rows of dY are not zero, bool [N]."""
+    from sparse_compile.kernels.triton.row_stats import row_stats
+
+    return row_stats(dy, base)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    for_dx: Estimate,
+    for_dw: Estimate,
+    *,
+    dw_transposed: bool,
+) -> tuple[DistinctRows | None, Tensor | None]:
+    """As :func:`linear.backward`; all ``Rows`` have a count. What is written out goes to ATen."""
+    dx = dw = None
+    if w is not None and isinstance(for_dx, Rows):
+        dx = input_gradient_of_rows(dy, w, for_dx)
+    elif w is not None:
+        dx = input_gradient(for_dx, w)  # type: ignore[arg-type]
+    if x is not None and isinstance(for_dw, Rows):
+        dw = weight_gradient_of_rows(dy, x, for_dw, transposed=dw_transposed)
+    elif x is not None:
+        dw = weight_gradient(for_dw, x, transposed=dw_transposed)  # type: ignore[arg-type]
+    return dx, dw
+
+
+def input_gradient_of_rows(dy: Tensor, w: Tensor, rows: Rows) -> DistinctRows:
+    """dX = Ŷ · W, with dY [N, O] and W [O, I]. ``rows`` has a count, and k + T ≤ N."""
+    from sparse_compile.kernels.triton.input_gradient import input_gradient
+
+    assert rows.count is not None
+    products = input_gradient(dy, w, rows.kept, rows.count, rows.scale)
+    if rows.base is not None:
+        k = len(rows.kept)
+        torch.mm(rows.base, w, out=products[k : k + len(rows.base)])
+    return products, _index(rows, len(dy))
+
+
+def _index(rows: Rows, n: int) -> Tensor:
+    """Where in the products each row of dX stands, int64 [N]; the row of zeros is at N."""
+    if rows.slot is not None:
+        return rows.slot
+    assert rows.count is not None
+    device, k = rows.kept.device, len(rows.kept)
+    index = torch.full((n + 1,), n, device=device)
+    if rows.base is not None and rows.dropped is not None:
+        of_token = torch.arange(k, k + len(rows.base), device=device)
+        index[:n] = torch.where(rows.dropped.view(-1, len(of_token)), of_token, n).view(-1)
+    slots = torch.arange(k, device=device)
+    # What is beyond the count is written to the one entry that nobody reads.
+    index.scatter_(0, torch.where(slots < rows.count, rows.kept.long(), n), slots)
+    return index[:n]
+
+
+def weight_gradient_of_rows(dy: Tensor, x: Tensor, rows: Rows, *, transposed: bool) -> Tensor:
+    """dW = Ŷᵀ · X, or its transpose, with dY [N, O] and X [N, I]. ``rows`` has a count."""
+    from sparse_compile.kernels.triton.weight_gradient import weight_gradient
+
+    assert rows.count is not None
+    dw = weight_gradient(dy, x, rows.kept, rows.count, rows.scale, transposed=transposed)
+    if rows.base is not None:
+        inputs = sum_dropped(x, rows)
+        dw.addmm_(*((inputs.t(), rows.base) if transposed else (rows.base.t(), inputs)))
+    return dw

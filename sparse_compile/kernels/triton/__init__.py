@@ -1,0 +1,30 @@
+"""Triton kernels for CUDA: the products of a linear's backward over rows that are gathered as they are read.
+
+    row_stats.py         norms of the rows of dY, and which of them are zero, in one pass
+    compaction.py        which rows are live  ►  an index buffer and a count
+    input_gradient.py    gather–matmul, dX = dY · W over the rows in the buffer
+    weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
+    tiles.py             the tile sizes that the two products are tuned over
+    reference.py         what each of them computes, in eager PyTorch; read this first
+
+The number of live rows stays on the device: buffers have room for as many as there may be, a kernel reads
+the count, and programs beyond it end at once. So shapes are static and nothing waits for the GPU.
+
+Nothing here imports ``triton`` before one of the modules is: a machine without it works. How they are
+tested where there is no GPU is said in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether ``triton`` can be imported."""
+    return importlib.util.find_spec("triton") is not None

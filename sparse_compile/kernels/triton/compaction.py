@@ -1,0 +1,47 @@
+"""Compaction: from "which rows are live" to an index buffer and a count, without telling the host.
+
+One program walks over the N flags with a running sum, so the buffer is ascending and the same in every run.
+(Several that reserve their places with an atomic would fill it in another order each time, and with it
+change the order of the sums in dW.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+
+
+@triton.jit
+def _compact(live, kept, count, slot, n, BLOCK: tl.constexpr):
+    found = 0
+    for start in range(0, n, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        there = rows < n
+        flag = (tl.load(live + rows, mask=there, other=0) != 0).to(tl.int32)
+        place = found + tl.cumsum(flag, axis=0) - 1
+        tl.store(kept + place, rows, mask=flag != 0)
+        tl.store(slot + rows, tl.where(flag != 0, place, n).to(tl.int64), mask=there)
+        found += tl.sum(flag, axis=0)
+    tl.store(count, found)
+
+
+def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`reference.compact`.
+
+    Args:
+        live: bool [N].
+
+    Returns:
+        (kept int32 [N], count int32 [1], slot int64 [N]).
+    """
+    n = len(live)
+    # Zeros, so that what is beyond the count is a row number too, and may be read.
+    kept = torch.zeros(n, dtype=torch.int32, device=live.device)
+    count = torch.empty(1, dtype=torch.int32, device=live.device)
+    slot = torch.empty(n, dtype=torch.int64, device=live.device)
+    _compact[(1,)](live.view(torch.int8), kept, count, slot, n, BLOCK=_BLOCK, num_warps=16)
+    return kept, count, slot

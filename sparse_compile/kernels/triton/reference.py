@@ -1,0 +1,69 @@
+"""What each kernel computes, in eager PyTorch. Slow, and it may wait for the GPU: for reading and for tests.
+
+``kept`` is an index buffer [C]: its first ``count`` entries are row numbers, the others hold anything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """‖dY_i − P_(i mod T)‖² in float32, and which rows of dY are not exactly zero; each [N].
+
+    Args:
+        dy: [N, O].
+        base: P, [T, O], T divides N; None is zero.
+    """
+    residual = dy.float() if base is None else dy.float() - base.float().repeat(len(dy) // len(base), 1)
+    return residual.square().sum(1), (dy != 0).any(1)
+
+
+def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that are live, in order.
+
+    Args:
+        live: bool [N].
+
+    Returns:
+        (kept int32 [N], padded with zeros; count int32 [1]; slot int64 [N], where in ``kept`` a row stands,
+        or N if it does not).
+    """
+    n = len(live)
+    rows = live.nonzero().squeeze(1)
+    kept = torch.zeros(n, dtype=torch.int32, device=live.device)
+    kept[: len(rows)] = rows.int()
+    slot = torch.full((n,), n, device=live.device)
+    slot[rows] = torch.arange(len(rows), device=live.device)
+    return kept, torch.tensor([len(rows)], dtype=torch.int32, device=live.device), slot
+
+
+def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Products [count + 1, I]: scale_j · dY_(kept_j) · W in float32, then a row of zeros.
+
+    (The kernel puts that last row at N, and leaves the rows between as they are.)
+    """
+    rows = kept[: int(count)].long()
+    products = dy[rows].float() @ w.float()
+    if scale is not None:
+        products *= scale[: int(count)].float().unsqueeze(1)
+    return torch.cat([products, products.new_zeros(1, w.shape[1])])
+
+
+def weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    count: Tensor,
+    scale: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """dW = Σ_j scale_j · dY_(kept_j)ᵀ · X_(kept_j) in float32: [O, I], or [I, O] if ``transposed``."""
+    rows = kept[: int(count)].long()
+    gradients = dy[rows].float()
+    if scale is not None:
+        gradients *= scale[: int(count)].float().unsqueeze(1)
+    dw = gradients.t() @ x[rows].float()
+    return dw.t() if transposed else dw

@@ -1,0 +1,108 @@
+"""Row statistics: one pass over dY that tells how long each row is and whether it is exactly zero.
+
+    squares_i = ‖dY_i − P_(i mod T)‖²      what reuse ranks by, and, without P, what sampling draws by
+    live_i    = any(dY_i ≠ 0)              a NaN is not zero: it must reach the gradient
+
+Where only ``live`` is wanted, a program stops at the first columns in which all of its rows showed something:
+of a dY without zero rows it reads one block of columns, and the test costs next to nothing. (``live`` is
+not taken from the norm: the square of an entry below 1e-23 is zero in float32.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 8
+_COLUMNS = 128
+
+
+@triton.jit
+def _row_stats(
+    dy,
+    base,
+    squares,
+    live,
+    n,
+    outputs,
+    tokens,
+    dy_row,
+    dy_column,
+    BASED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    there = rows < n
+    from_row = dy + rows.to(tl.int64)[:, None] * dy_row
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    seen = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
+    for start in range(0, outputs, BLOCK_COLUMNS):
+        at = start + columns
+        inside = there[:, None] & (at < outputs)[None, :]
+        value = tl.load(from_row + at.to(tl.int64)[None, :] * dy_column, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        seen |= (value != 0).to(tl.int32)
+        if BASED:
+            row_of_base = (rows % tokens)[:, None] * outputs
+            value -= tl.load(base + row_of_base + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(squares + rows, tl.sum(total, axis=1), mask=there)
+    tl.store(live + rows, tl.max(seen, axis=1).to(tl.int8), mask=there)
+
+
+@triton.jit
+def _live_rows(
+    dy, live, n, outputs, dy_row, dy_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    there = rows < n
+    from_row = dy + rows.to(tl.int64)[:, None] * dy_row
+    # Rows beyond the last count as seen: nobody waits for them.
+    seen = (rows >= n).to(tl.int32)
+    start = 0
+    while (start < outputs) & (tl.min(seen, axis=0) == 0):
+        at = start + columns
+        inside = there[:, None] & (at < outputs)[None, :]
+        value = tl.load(from_row + at.to(tl.int64)[None, :] * dy_column, mask=inside, other=0.0)
+        seen |= tl.max((value != 0).to(tl.int32), axis=1)
+        start += BLOCK_COLUMNS
+    tl.store(live + rows, seen.to(tl.int8), mask=there)
+
+
+def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.row_stats`.
+
+    Args:
+        dy: [N, O], of any strides.
+        base: P, [T, O], contiguous, T divides N; or None.
+
+    Returns:
+        (squares float32 [N], live bool [N]).
+    """
+    n, outputs = dy.shape
+    squares = torch.empty(n, dtype=torch.float32, device=dy.device)
+    live = torch.empty(n, dtype=torch.int8, device=dy.device)
+    _row_stats[(max(1, triton.cdiv(n, _ROWS)),)](
+        *(dy, dy if base is None else base, squares, live),
+        *(n, outputs, 1 if base is None else len(base), *dy.stride()),
+        BASED=base is not None,
+        BLOCK_ROWS=_ROWS,
+        BLOCK_COLUMNS=_COLUMNS,
+    )
+    return squares, live.view(torch.bool)
+
+
+def live_rows(dy: Tensor) -> Tensor:
+    """Which rows of ``dy`` [N, O] are not exactly zero: bool [N]."""
+    n, outputs = dy.shape
+    live = torch.empty(n, dtype=torch.int8, device=dy.device)
+    _live_rows[(max(1, triton.cdiv(n, _ROWS)),)](
+        *(dy, live, n, outputs, *dy.stride()), BLOCK_ROWS=_ROWS, BLOCK_COLUMNS=_COLUMNS
+    )
+    return live.view(torch.bool)

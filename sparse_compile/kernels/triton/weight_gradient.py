@@ -1,0 +1,151 @@
+"""Gather–reduce: dW = Σ_j scale_j · dY_(kept_j)ᵀ · X_(kept_j), gathered as the sum over rows reads them.
+
+Each program makes one tile of dW and walks over the rows in the index buffer, up to the count that it reads
+on the device. Where dW has too few tiles to fill the GPU, the rows are dealt out among ``splits`` programs a
+tile, each with a partial sum of its own in float32; those are added up afterwards, always in the same order.
+(Atomic adds into one dW would need no buffer, and give another rounding in every run.)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_compile.kernels import choice
+from sparse_compile.kernels.triton import tiles
+
+_GROUP = 8
+# What a split is worth: fewer rows than this are not divided any further.
+_ROWS_PER_SPLIT = 256
+_MOST_SPLITS = 8
+
+
+@triton.jit
+def _gather_reduce(
+    a,
+    b,
+    kept,
+    count,
+    scale,
+    sums,
+    height,
+    width,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    bucket,  # for the tuner alone
+    splits,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # sums [splits, height, width]: partial sums of Aᵀ · B over the kept rows of A [N, height], B [N, width].
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    row_tiles = tl.cdiv(height, BLOCK_M)
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    first = program // (GROUP * column_tiles) * GROUP
+    in_group = program % (GROUP * column_tiles)
+    tall = tl.minimum(row_tiles - first, GROUP)
+    of_a = (first + in_group % tall) * BLOCK_M + tl.arange(0, BLOCK_M)
+    of_b = in_group // tall * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    live = tl.load(count)
+    share = tl.cdiv(tl.cdiv(live, splits), BLOCK_K) * BLOCK_K
+    stop = tl.minimum(live, (split + 1) * share)
+    # Columns beyond the edge read another one's numbers; what comes of it is not stored.
+    from_a = a + (of_a % height).to(tl.int64)[None, :] * a_column
+    from_b = b + (of_b % width).to(tl.int64)[None, :] * b_column
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # The row numbers are read one round ahead. Loads that wait for another load of the same round would take
+    # a stage of the pipeline from the tiles (on an A100 two).
+    at = split * share + k
+    rows = tl.load(kept + at, mask=at < stop, other=0).to(tl.int64)[:, None]
+    for start in range(split * share, stop, BLOCK_K):
+        there = start + k < stop
+        left = tl.load(from_a + rows * a_row, mask=there[:, None], other=0.0)
+        right = tl.load(from_b + rows * b_row, mask=there[:, None], other=0.0)
+        at += BLOCK_K
+        rows = tl.load(kept + at, mask=at < stop, other=0).to(tl.int64)[:, None]
+        if SCALED:
+            factor = tl.load(scale + start + k, mask=there, other=0.0).to(tl.float32)
+            left = (left.to(tl.float32) * factor[:, None]).to(a.dtype.element_ty)
+        total = tiles.multiply_add(tl.trans(left), right, total, PRECISION)
+
+    to = sums + split.to(tl.int64) * height * width + of_a.to(tl.int64)[:, None] * width + of_b[None, :]
+    inside = (of_a < height)[:, None] & (of_b < width)[None, :]
+    tl.store(to, total.to(sums.dtype.element_ty), mask=inside)
+
+
+_KEY = ["bucket", "height", "width", "splits", "SCALED", "PRECISION"]
+_half = tiles.tuned(_gather_reduce, tiles.half(), _KEY)
+_single = tiles.tuned(_gather_reduce, tiles.SINGLE, _KEY)
+
+
+def weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    count: Tensor,
+    scale: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    splits: int | None = None,
+) -> Tensor:
+    """dW over the kept rows; see :func:`reference.weight_gradient`.
+
+    Args:
+        dy: [N, O], of any strides.
+        x: X [N, I], of any strides, in the dtype of ``dy``.
+        kept: int32 or int64 [C], C ≤ N, contiguous: row numbers, of which the first ``count`` are read.
+        count: int32 [1], on the device.
+        scale: [C], or None.
+        transposed: return dW as [I, O].
+        splits: among how many programs the rows of a tile are dealt out; None fills the GPU.
+
+    Returns:
+        [O, I] or [I, O], contiguous, in the dtype of ``dy``.
+    """
+    # (The scale may go to either side of the sum.)
+    a, b = (x, dy) if transposed else (dy, x)
+    height, width = a.shape[1], b.shape[1]
+    if splits is None:
+        splits = _splits(height, width, len(kept), dy.device)
+    dtype = dy.dtype if splits == 1 else torch.float32
+    sums = torch.empty(splits, height, width, dtype=dtype, device=dy.device)
+    if sums.numel() == 0:
+        return sums[0]
+
+    def grid(tile: dict[str, int]) -> tuple[int, int]:
+        return (triton.cdiv(height, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]), splits)
+
+    kernel = _single if dy.dtype == torch.float32 else _half
+    kernel[grid](
+        *(a, b, kept, count, count if scale is None else scale, sums, height, width),
+        *(*a.stride(), *b.stride(), choice.bucket(len(kept)), splits),
+        SCALED=scale is not None,
+        PRECISION=tiles.precision(),
+        GROUP=_GROUP,
+    )
+    return sums[0] if splits == 1 else sums.sum(0).to(dy.dtype)
+
+
+def _splits(height: int, width: int, rows: int, device: torch.device) -> int:
+    """So many that two tiles fall to each multiprocessor, if there are rows enough to share."""
+    tiles_of_dw = max(1, triton.cdiv(height, 128) * triton.cdiv(width, 128))
+    wanted = 2 * _multiprocessors(device) // tiles_of_dw
+    return max(1, min(wanted, rows // _ROWS_PER_SPLIT, _MOST_SPLITS))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

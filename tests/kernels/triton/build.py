@@ -1,0 +1,200 @@
+"""Build every kernel for every GPU, and say what came of it: JSON on stdout, a list of :class:`Built`.
+
+Needs no GPU: Triton brings its own assembler. It is a program of its own because a process in which kernels
+are interpreted cannot build them.
+
+    python tests/kernels/triton/build.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+CAPABILITIES = (80, 90)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+    """One kernel with one tile, dtype and target.
+
+    Attributes:
+        sizes: what was known of the tensors' sizes.
+        shared: bytes of shared memory of one program.
+        registers: of one thread.
+        stack: bytes of one thread; registers that did not fit are spilled there, and nothing else is.
+        tensor_cores: the instructions for them that occur, e.g. ``["mma.sync"]``.
+        copies: whether tiles are copied to shared memory while others are multiplied (``cp.async``).
+    """
+
+    kernel: str
+    tile: str
+    sizes: str
+    dtype: str
+    precision: str
+    scaled: bool
+    capability: int
+    shared: int
+    registers: int
+    stack: int
+    tensor_cores: list[str]
+    copies: bool
+
+
+def build(
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: str,
+    capability: int,
+    *,
+    sizes: str = "multiples of 16",
+    **options: int,
+) -> dict[str, Any]:
+    """Compile ``kernel`` for contiguous tensors.
+
+    Args:
+        kernel: the ``triton.jit`` function.
+        constants: its compile-time arguments.
+        dtype: of dY, X, W and what comes out, as Triton's signatures name it.
+        capability: of the GPU.
+        sizes: what Triton knows of them, for it compiles anew for ``"multiples of 16"``, ``"ones"``, which
+            become constants, and ``"any"``.
+        options: ``num_warps``, ``num_stages``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    others = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32"}
+    others |= {"live": "*i8"}
+    tensors = {"dy", "w", "base", "products", "a", "b", "sums"}
+    unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or name in unit:
+            signature[name] = "constexpr"
+            continue
+        if sizes == "ones" and name not in others and name not in tensors:
+            signature[name], unit[name] = "constexpr", 1
+            continue
+        signature[name] = others.get(name) or (f"*{dtype}" if name in tensors else "i32")
+        if sizes == "multiples of 16" and name != "splits":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs={**unit, **constants}, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "sizes": sizes,
+        "shared": compiled.metadata.shared,
+        "tensor_cores": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", ptx))),
+        "copies": "cp.async" in ptx,
+        **_resources(compiled.asm["cubin"]),
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What the machine code takes of a GPU, for one thread."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found, said
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def products() -> Iterator[Built]:
+    """The two products: every tile of the lists that they are tuned over. What changes little is built with
+    the largest tile alone: float16 (another instruction than bfloat16), and scaled rows."""
+    from sparse_compile.kernels.triton import input_gradient, tiles, weight_gradient
+
+    kernels = (
+        ("gather_matmul", input_gradient._gather_matmul),
+        ("gather_reduce", weight_gradient._gather_reduce),
+    )
+    for (name, kernel), capability in itertools.product(kernels, CAPABILITIES):
+        half = tiles.HALF[capability]
+        modes = [("bf16", "ieee", False, config) for config in half]
+        modes += [(dtype, "ieee", True, half[0]) for dtype in ("bf16", "fp16")]
+        modes += [("fp32", precision, False, c) for precision in ("ieee", "tf32") for c in tiles.SINGLE]
+        for dtype, precision, scaled, config in modes:
+            constants = {**config.kwargs, "SCALED": scaled, "PRECISION": precision, "GROUP": 8}
+            if name == "gather_matmul":
+                constants["EVEN_K"] = True
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            tile = "{BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs)
+            yield Built(
+                kernel=name,
+                tile=f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
+                dtype=dtype,
+                precision=precision,
+                scaled=scaled,
+                capability=capability,
+                **build(kernel, constants, dtype, capability, **options),
+            )
+
+
+def others() -> Iterator[Built]:
+    """Statistics and compaction."""
+    from sparse_compile.kernels.triton import compaction, row_stats
+
+    block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
+    chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
+        ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
+        ("row_stats", row_stats._row_stats, {**block, "BASED": False}, {}),
+        ("live_rows", row_stats._live_rows, block, {}),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK}, {"num_warps": 16}),
+    ]
+    for (name, kernel, constants, options), dtype, capability in itertools.product(
+        chosen, ("bf16", "fp32"), CAPABILITIES
+    ):
+        yield Built(
+            kernel=name,
+            tile=str(constants),
+            dtype=dtype,
+            precision="",
+            scaled=False,
+            capability=capability,
+            **build(kernel, constants, dtype, capability, **options),
+        )
+
+
+def odd_sizes() -> Iterator[Built]:
+    """Everything once more for sizes that are ones, and for any, on one GPU with one tile."""
+    from sparse_compile.kernels.triton import compaction, input_gradient, row_stats, tiles, weight_gradient
+
+    config = tiles.HALF[90][-1]
+    tile = {**config.kwargs, "SCALED": True, "PRECISION": "ieee", "GROUP": 8}
+    block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
+    kernels: list[tuple[str, Any, dict[str, Any]]] = [
+        ("gather_matmul", input_gradient._gather_matmul, {**tile, "EVEN_K": False}),
+        ("gather_reduce", weight_gradient._gather_reduce, tile),
+        ("row_stats", row_stats._row_stats, {**block, "BASED": True}),
+        ("live_rows", row_stats._live_rows, block),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK}),
+    ]
+    for (name, kernel, constants), sizes in itertools.product(kernels, ("ones", "any")):
+        yield Built(
+            kernel=name,
+            tile=str(constants),
+            dtype="bf16",
+            precision="ieee",
+            scaled=True,
+            capability=90,
+            **build(kernel, constants, "bf16", 90, sizes=sizes),
+        )
+
+
+if __name__ == "__main__":
+    everything = itertools.chain(products(), others(), odd_sizes())
+    json.dump([dataclasses.asdict(built) for built in everything], sys.stdout)

@@ -1,0 +1,68 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.kernels.triton.build import Built
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
+REGISTERS = 255  # that one thread can have
+TENSOR_CORES = {80: ["mma.sync"], 90: ["wgmma.mma_async"]}
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Built]:
+    """In a process of its own: in this one, kernels may be interpreted. 30 s on one core, once; Triton keeps
+    what it compiled."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    program = Path(__file__).with_name("build.py")
+    said = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return [Built(**row) for row in json.loads(said.stdout)]
+
+
+def test_every_kernel_was_built_for_every_target(built: list[Built]) -> None:
+    kernels = {"gather_matmul", "gather_reduce", "row_stats", "live_rows", "compact"}
+    assert {(b.kernel, b.capability) for b in built} == {(name, c) for name in kernels for c in (80, 90)}
+    for sizes in ("ones", "any"):
+        assert {b.kernel for b in built if b.sizes == sizes} == kernels
+
+
+def test_fits_into_shared_memory(built: list[Built]) -> None:
+    assert not [b for b in built if b.shared > SHARED_MEMORY[b.capability]]
+
+
+def test_nothing_is_spilled(built: list[Built]) -> None:
+    """Where sizes are even, as those of all layers that are worth the trouble."""
+    even = [b for b in built if b.sizes == "multiples of 16"]
+    assert even
+    assert not [b for b in even if b.stack or b.registers > REGISTERS]
+
+
+def test_products_use_the_tensor_cores(built: list[Built]) -> None:
+    products = [
+        b for b in built if b.kernel.startswith("gather") and (b.dtype, b.precision) != ("fp32", "ieee")
+    ]
+    assert products
+    assert not [b for b in products if b.tensor_cores != TENSOR_CORES[b.capability]]
+
+
+def test_float32_is_not_rounded_to_tf32_unasked(built: list[Built]) -> None:
+    exact = [b for b in built if b.kernel.startswith("gather") and (b.dtype, b.precision) == ("fp32", "ieee")]
+    assert exact
+    assert not [b for b in exact if b.tensor_cores]
+
+
+def test_products_copy_ahead_of_what_they_multiply(built: list[Built]) -> None:
+    """Where sizes are even: what is copied needs to be aligned."""
+    products = [b for b in built if b.kernel.startswith("gather") and b.sizes == "multiples of 16"]
+    assert not [b for b in products if not b.copies]

@@ -1,0 +1,269 @@
+"""A linear on a GPU against the same linear on the CPU. Without a GPU the kernels are interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from sparse_compile import Reuse, Sample, Schedule, device_linear, sparse_backend
+from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels import linear as aten
+from sparse_compile.linear_site import LinearSite
+from sparse_compile.runtime import NO_TOKEN
+
+SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 6, 10, 9
+N = SAMPLES * TOKENS
+METHODS = {
+    "exact": None,
+    "reuse": Reuse(0.7),
+    "reuse, sample": Reuse(0.6, source="sample", refresh_every=2),
+    "reuse, elements": Reuse(0.6, granularity="element"),
+    "reuse, most rows": Reuse(0.1),
+    "sample": Sample(0.3),
+    "sample, clip": Sample(0.3, clip=1.5),
+    "sample dW": Sample(0.3, gradients="weight"),
+    "sample dX": Sample(0.3, gradients="input"),
+}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["aten", "triton"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies, whichever would be faster."""
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: request.param)
+    return str(request.param)
+
+
+def batch(step: int, dead: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+    """dY, X, W, with a share of dY's rows zero."""
+    generator = torch.Generator().manual_seed(step)
+    shapes = (N, OUTPUTS), (N, INPUTS), (OUTPUTS, INPUTS)
+    dy, x, w = (torch.randn(shape, generator=generator) for shape in shapes)
+    dy[torch.randperm(N, generator=generator)[: round(dead * N)]] = 0
+    return dy, x, w
+
+
+class OnDevice:
+    """Runs a site as on a GPU."""
+
+    def __init__(self, site: LinearSite, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.site, self.device, self.monkeypatch = site, device, monkeypatch
+
+    def __call__(
+        self, dy: Tensor, x: Tensor | None, w: Tensor | None, **options: object
+    ) -> tuple[Tensor | None, Tensor | None]:
+        moved = (None if t is None else t.to(self.device) for t in (dy, x, w))
+        with self.monkeypatch.context() as patch:
+            patch.setattr(on_device, "usable", lambda dy: True)
+            patch.setattr(device_linear, "_WORTH_LOOKING", 0)
+            return written(self.site.linear_backward(*moved, **options))
+
+
+def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """dX written out, and dW, on the CPU."""
+    dx, dw = gradients
+    return None if dx is None else dx[0][dx[1]].cpu(), None if dw is None else dw.cpu()
+
+
+@pytest.fixture
+def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OnDevice]:
+    return lambda name="layer": OnDevice(LinearSite(name, seed=1), device, monkeypatch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("gradients", ["dX dW", "dX", "dW", "dX dWᵀ"])
+def test_gradients_are_those_of_the_cpu(
+    name: str, gradients: str, kernel: str, run: Callable[..., OnDevice]
+) -> None:
+    ours, site = run(), LinearSite("layer", seed=1)
+    for step, dead in enumerate((0.4, 0.4, 0.0, 0.9, 1.0)):
+        dy, x, w = batch(step, dead)
+        options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": "dWᵀ" in gradients}
+        operands = (dy, x if "dW" in gradients else None, w if "dX" in gradients else None)
+        theirs = written(site.linear_backward(*operands, **options))
+        torch.testing.assert_close(ours(*operands, **options), theirs, rtol=1e-4, atol=1e-5)
+    assert ours.site.method == site.method
+    assert ours.site.kernel in ("aten", kernel)
+
+
+def test_what_the_device_counted_reaches_the_report(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ours = run()
+    for step in range(3):
+        ours(*batch(step, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    ours.site.settle()
+    done = ours.site.counters
+    assert (done.rows, done.rows_zero, done.rows_computed) == (3 * N, 3 * N // 2, 3 * N // 2)
+    assert done.flops_backward == done.flops_backward_dense / 2
+    ours.site.settle()
+    assert done.rows_zero == 3 * N // 2, "what was counted is counted once"
+
+
+def test_zero_rows_that_are_multiplied_all_the_same_are_not_counted_as_skipped(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "aten")
+    ours = run()
+    ours(*batch(0, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    ours.site.settle()
+    assert ours.site.counters.flops_backward == ours.site.counters.flops_backward_dense
+
+
+def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:
+    ours = run()
+    for step in range(2):
+        ours(*batch(step, 0.5), tokens=TOKENS, method=Reuse(0.7), dw_transposed=False)
+    before = ours.site.counters.rows_zero
+    ours.site.settle()
+    assert ours.site.counters.rows_zero >= before + N // 2
+
+
+def test_a_layer_that_costs_nothing_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    def never(dy: Tensor) -> None:
+        raise AssertionError("it looked")
+
+    monkeypatch.setattr(on_device, "usable", lambda dy: True)
+    monkeypatch.setattr(on_device, "live_rows", never)
+    ours = run()
+    options = {"tokens": TOKENS, "method": None, "dw_transposed": False}
+    gradients = ours.site.linear_backward(*(t.to(ours.device) for t in batch(0)), **options)
+    dy, x, w = batch(0)
+    torch.testing.assert_close(written(gradients), (dy @ w, dy.t() @ x), rtol=1e-4, atol=1e-5)
+
+
+def test_looks_for_zero_rows_become_rare_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    looks = []
+    look = on_device.live_rows
+    monkeypatch.setattr(on_device, "live_rows", lambda dy: looks.append(step) or look(dy))
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ours = run()
+    for step in range(40):
+        ours(*batch(step, 0.0), tokens=TOKENS, method=None, dw_transposed=False)
+    assert looks == [0, 2, 6, 14, 30]
+    # Once a look sees some, every later backward looks, and skips them.
+    for step in range(40, 60):
+        ours(*batch(step, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    assert looks[5:] == [*range(46, 60)]
+    assert ours.site.kernel == "triton"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, of inf · 0
+def test_an_overflow_reaches_the_gradients_and_leaves_no_base(run: Callable[..., OnDevice]) -> None:
+    ours = run()
+    options = {"tokens": TOKENS, "dw_transposed": False}
+    for method in (Reuse(0.7), Sample(0.3), None):
+        dy, x, w = batch(0)
+        dy[0] = torch.inf
+        dx, dw = ours(dy, x, w, method=method, **options)
+        assert not dx.isfinite().all()
+        assert not dw.isfinite().all()
+    dx, dw = ours(*batch(1), method=Reuse(0.7), **options)
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the ops: every linear takes the GPU's path, and Triton's kernels."""
+    monkeypatch.setattr(on_device, "usable", lambda dy: True)
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+
+
+@pytest.mark.parametrize("gradients", ["dX dW", "dX", "dW"])
+@pytest.mark.parametrize("dw_transposed", [False, True])
+def test_opcheck(gradients: str, dw_transposed: bool, device: torch.device, as_on_a_gpu: None) -> None:
+    """What the kernels return is what compilers were told."""
+    dy, x, w = (t.to(device) for t in batch(0))
+    operands = (dy, x if "dW" in gradients else None, w if "dX" in gradients else None)
+    op = torch.ops.sparse_compile.linear_backward.default
+    arguments = (torch.tensor(NO_TOKEN), *operands, 0, TOKENS, dw_transposed)
+    # Not the comparison of results: rows that the index does not name hold anything.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", ["exact", "reuse", "sample"])
+def test_training_a_model(name: str, device: torch.device, as_on_a_gpu: None) -> None:
+    """Through the whole backend: the report says what multiplied, and how much was skipped."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(INPUTS, 16), torch.nn.Tanh(), torch.nn.Linear(16, OUTPUTS)
+    model = torch.nn.Sequential(*layers).to(device)
+    backend = sparse_backend(Schedule(linear=METHODS[name]), compiler="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    mask = (torch.arange(TOKENS, device=device) < TOKENS // 2).float().unsqueeze(1)
+    x = torch.randn(SAMPLES, TOKENS, INPUTS, device=device)
+    for _ in range(2):
+        model.zero_grad()
+        (compiled(x).square() * mask).sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+    report = backend.report()
+    assert [site.kernel for site in report.sites] == ["triton", "triton"]
+    assert report.sites[1].rows_skipped == N, "half of the rows, twice"
+    assert f"{name}, triton" in str(report)
+    if name == "exact":
+        assert report.totals["flops_backward"] == report.totals["flops_backward_dense"] / 2
+        model.zero_grad()
+        (model(x).square() * mask).sum().backward()
+        for ours, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_choice_is_the_fastest_and_is_made_once() -> None:
+    runs = []
+
+    def candidate(name: str, work: int) -> Callable[[], Tensor]:
+        return lambda: runs.append(name) or torch.randn(work, work) @ torch.randn(work, work)
+
+    candidates: Mapping[str, Callable[[], object]] = {
+        "aten": candidate("a", 300),
+        "triton": candidate("t", 3),
+    }
+    assert choice.fastest("a key of this test", candidates) == "triton"
+    count = len(runs)
+    assert choice.fastest("a key of this test", candidates) == "triton"
+    assert len(runs) == count, "no run to choose again"
+    slower = {"aten": candidate("a", 3), "triton": candidate("t", 300)}
+    assert choice.fastest("another key of this test", slower) == "aten"
+
+
+def test_one_candidate_is_not_timed() -> None:
+    def never() -> None:
+        raise AssertionError("it ran")
+
+    assert choice.fastest("a third key of this test", {"aten": never}) == "aten"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: on the CPU there is nothing to wait for"
+)
+@pytest.mark.parametrize("name", ["exact", "reuse", "sample", "sample, clip"])
+def test_nothing_waits_for_the_gpu(
+    name: str, kernel: str, run: Callable[..., OnDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = run()
+    options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": False}
+    operands = [t.cuda() for t in batch(0)]
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    for _ in range(3):  # kernels are built, and the base is there
+        ours.site.linear_backward(*operands, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.site.linear_backward(*operands, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,71 @@
+"""The GPU benchmark at toy sizes: that every line of it runs. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts, not a package
+
+import gpu
+
+ROOT = gpu.ROOT
+
+
+def test_every_section_runs_and_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--smoke", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert list(found["sections"]) == list(gpu.SECTIONS)
+    assert found["smoke"] is True
+    assert found["device"]["name"]
+    assert {"torch", "triton", "transformers"} <= found["versions"].keys()
+    printed = capsys.readouterr().out
+    lines = [line for rows in found["sections"].values() for line in rows]
+    assert len(lines) == 6 + 6 + 4 + 2
+    assert all(line["ours_ms"] > 0 and line["theirs_ms"] > 0 and line["ratio"] > 0 for line in lines)
+    assert all(line["what"] in printed for line in lines)
+
+
+def test_a_section_after_the_time_is_over_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    gpu.main(["--smoke", "--only", "products", "--minutes", "-1", "--json", str(path)])
+    assert json.loads(path.read_text())["sections"] == {"products": []}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "there is no GPU here; --smoke runs" in capsys.readouterr().err
+
+
+def test_half_of_a_padded_batch_has_no_loss() -> None:
+    ids = torch.arange(12).view(2, 6)
+    batch = gpu.padded({"input_ids": ids, "labels": ids})
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0]] * 2
+    assert (batch["labels"] == -100).tolist() == [[False] * 3 + [True] * 3] * 2
+    assert ids.min() >= 0, "the batch itself is left alone"
+
+
+def test_the_package_is_found_without_an_installation() -> None:
+    """In a process from which the finder of an editable installation is taken out."""
+    program = f"""
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import from_source
+from_source.prepare()
+import sparse_compile.passes.linear
+assert sparse_compile.passes.__file__ == {str(ROOT / "passes" / "__init__.py")!r}
+assert "passes" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
