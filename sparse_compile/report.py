@@ -28,8 +28,8 @@ class SiteReport:
     Attributes:
         name: module path; of a second model under the same backend, followed by ``@1``, and so on.
         kind: ``"linear"``, ``"attention"`` or ``"matmul"``.
-        shape: at its last backward; (N, I, O) of a linear, (B, H, T, D) of an attention, samples, heads, queries
-            and the features of a head.
+        shape: at its last backward; (N, I, O) of a linear, (B, H, T, D) of an attention (samples, heads,
+            queries, features of a head).
         method: the method at its last backward: ``"dense"``, ``"exact"``, ``"reuse"``, ``"sample"``.
         keep: the share of dY's rows (or, with element and N:M reuse, entries) that the method computes now.
         rewritten: whether an op of ours does its backward.
@@ -37,7 +37,7 @@ class SiteReport:
         calls: how often it is used in one forward.
         rows: rows of dY in all backwards so far; of an attention, queries of a sample.
         rows_skipped: how many of those were zero and skipped exactly.
-        rows_computed: how many took part in the products, rows of the base, and of those that fill up, included.
+        rows_computed: how many took part in the products, with those of the base and those that fill up.
         flops_forward, flops_backward_dense, flops_backward: forward; backward if dense; backward as run.
         flops_dense, flops: forward and backward, dense and as run.
     """
