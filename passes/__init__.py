@@ -7,6 +7,7 @@ packing of what is saved for backward: its ratio is a size in the graph, and hol
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ from sparse_compile.passes.blocks import mark_blocks, rewrite_blocks
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from sparse_compile.passes.saved import pack_saved
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-from sparse_compile import sites
+from sparse_compile import naming, sites
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.sites import SavedRecord, SiteRecord, to_manifest
 
@@ -64,6 +65,7 @@ def rewrite(
     # Last: it lists what none of the others recognised.
     record_leftovers(graph, below=below, called=linears, records=records)
 
+    _tell_apart(ops, records)
     # After the linears, so that their inputs have one reader each; it makes no site.
     packed = pack_saved(graph, method=saved, below=below) if saved is not None else []
 
@@ -73,6 +75,15 @@ def rewrite(
     token.update_arg(1, to_manifest(records, packed))
     graph.lint()
     return records, packed
+
+
+def _tell_apart(ops: dict[Node, SiteRecord], records: list[SiteRecord]) -> None:
+    """A block whose own operations, or own weight, are a site of another kind gets a name beside that one."""
+    taken = {record.name for record in records if record.kind != "block"}
+    for op, record in list(ops.items()):
+        if record.kind == "block" and record.name in taken:
+            ops[op] = dataclasses.replace(record, name=f"{record.name}{naming.END_OF_BLOCK}")
+            records[records.index(record)] = ops[op]
 
 
 def source_hash() -> str:

@@ -112,6 +112,10 @@ def match_chain(scores: Node, out: Node) -> Chain:
     """
     if scores.target is not aten.bmm.default or out.target is not aten.bmm.default:
         raise NoMatch("one of its products adds something in the same op (baddbmm)")
+    if scores.meta["val"].device.type != "cpu":
+        raise NoMatch(
+            f"a chain of products on {scores.meta['val'].device.type} is not rewritten in this version"
+        )
     between = _below(scores)
     dropped = g.operands(out)[0]
     node = dropped

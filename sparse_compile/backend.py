@@ -149,7 +149,9 @@ class SparseBackend:
             return
         self._checked.add(root)
         try:
-            self.schedule.check_patterns(naming.module_paths(root))
+            paths = naming.module_paths(root)
+            self.schedule.check_patterns(paths)
+            self.schedule.check_where(paths, (type(module).__name__ for module in root.modules()))
             counts = naming.block_counts(root)
             if counts:
                 self.schedule.check_blocks(max(counts))

@@ -19,6 +19,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+# Of the name of a block's end, where something else has the block's own name.
+END_OF_BLOCK = " (end)"
+
 # What wrappers add to a path: torch.compile, FSDP, activation checkpointing. DDP's "module" is a name that a
 # model may use too: it counts as a wrapper's only at the top, where it is the only child (`unwrap`).
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -139,7 +142,7 @@ def block_of(path: str, root: nn.Module | None, seen: Sequence[str] = ()) -> tup
 
     Without the model itself (``root``), the siblings are those of the paths ``seen`` in the graph.
     """
-    parts = path.split(".")
+    parts = path.removesuffix(END_OF_BLOCK).split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if at is None:
         return None

@@ -219,6 +219,21 @@ class Schedule:
         skipped = cast(tuple[int, ...], self.skip_layers)
         return index in skipped or index - count in skipped
 
+    def check_where(self, paths: Iterable[str], class_names: Iterable[str]) -> None:
+        """Refuse a `where` of `blocks` that is neither a class of the model nor matches a module path.
+
+        Raises:
+            ValueError: it selects nothing.
+        """
+        where = None if self.blocks is None else self.blocks.where
+        paths, class_names = list(paths), set(class_names)
+        if where is None or where in class_names or any(pattern_matches(where, path) for path in paths):
+            return
+        raise ValueError(
+            f"Schedule.blocks has where='{where}', which is no class of the model and matches none of "
+            f"{len(paths)} module paths; near names: {near(where, [*class_names, *paths]) or 'none'}."
+        )
+
     def check_blocks(self, count: int) -> None:
         """Refuse indices in `skip_layers` that a model of `count` blocks does not have.
 

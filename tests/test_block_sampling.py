@@ -312,6 +312,41 @@ def test_blocks_that_are_left_out_drop_nothing(options, reason):
     assert site.keep == 1.0
 
 
+class Projection(nn.Module):
+    """A block that multiplies by a weight of its own, so that both are called alike."""
+
+    def __init__(self, features=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, features) / features)
+        self.inside = nn.Linear(features, features)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inside(x) @ self.weight.t())
+
+
+def test_a_block_that_is_called_like_a_linear_has_a_name_beside_it():
+    model = nn.ModuleList([Projection(), Projection()])
+    backend = sparse_backend(Schedule(blocks=Sample(0.5)), compiler="aot_eager")
+    run = torch.compile(lambda x: model[1](model[0](x)), backend=backend)
+    for _ in range(2):
+        run(torch.randn(8, 3, 4)).square().sum().backward()
+    kinds = {site.name: site.kind for site in backend.report().sites}
+    assert [name for name, kind in kinds.items() if kind == "block"] == ["1 (end)", "0 (end)"]
+    assert kinds["0"] == kinds["1"] == "linear"
+    keeps = {site.name: site.keep for site in backend.report().sites}
+    assert keeps["0 (end)"] == 0.5
+    assert keeps["1 (end)"] == pytest.approx(0.5**0.5, abs=1e-6)
+
+
+def test_a_where_that_matches_nothing_is_refused():
+    backend = sparse_backend(Schedule(blocks=Sample(0.5, where="Projektion")), compiler="aot_eager")
+    model = torch.compile(nn.Sequential(Projection()), backend=backend)
+    with pytest.raises(
+        ValueError, match=r"where='Projektion', which is no class .* near names: 'Projection'"
+    ):
+        model(torch.randn(8, 3, 4))
+
+
 @pytest.mark.parametrize("name", ["blocks", "both", "vcas"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_an_overflow_reaches_the_gradient_and_is_no_measurement(name, bad):

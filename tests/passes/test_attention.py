@@ -237,6 +237,15 @@ def test_several_attentions_in_one_module(fused_op: bool, decompositions: Any) -
     assert len(found.attention_ops) == 2
 
 
+@pytest.mark.parametrize("name", ["fused", "scaled", "dropped"])
+def test_sizes_that_are_not_known_when_it_is_traced(name: str) -> None:
+    attend = F.scaled_dot_product_attention if name == "fused" else CHAINS[name]
+    core = Model(lambda m, *x: attend(*x))
+    found = trace(Model(lambda m, *x: m.core(*x), core=core), *heads(keys=7), dynamic=True, rtol=1e-10)
+    assert [(record.name, record.rewritten) for record in found.records] == [("core", True)]
+    assert found.backward_products == 0
+
+
 def test_an_attention_and_a_linear_of_one_name() -> None:
     core = Model(
         lambda m, x: F.scaled_dot_product_attention(*[F.linear(x, m.weight)] * 3), weight=value(4, 4)
