@@ -8,7 +8,9 @@
   resident between steps: activations, gradients and whatever is made on the way. Linux with glibc. On
   CUDA, the allocator's own `max_memory_allocated`, likewise less what was allocated between steps. (PyTorch
   keeps no such count for the CPU.)
-- **cpu_seconds, seconds**: the median step, in processor and in wall time.
+- **cpu_seconds, seconds**: the median step, in processor and in wall time. Rough: large temporaries are
+  handed back to the system at once here, so that the peak is true, and taking them again costs time; what is
+  made for packing pays more of it than a dense step does.
 """
 
 from __future__ import annotations

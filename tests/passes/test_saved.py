@@ -107,13 +107,12 @@ def test_the_batch_is_found_behind_views():
     assert (tuple(pack.args[0].meta["val"].shape), pack.args[1]) == ((32, 32), 4)
 
 
-def test_attention_that_drops_out_is_left_whole():
+def test_fused_attention_runs_again_in_the_backward():
     def forward(m, x):
         q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (m.a(x), m.b(x), m.c(x)))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=m.p)
+        return F.scaled_dot_product_attention(q, k, v)
 
     model = Model(forward, a=linear(), b=linear(), c=linear())
-    model.p = 0.0
     records, graph = packed(model, x())
     assert [record.kind for record in records] == ["attention"] * 3
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
