@@ -57,11 +57,12 @@ def rewrite(
     below = g.parameters_below(graph, names)
     token = g.insert_begin(graph, inputs)
 
-    ops = rewrite_blocks(graph, token, blocks)
-    records.extend(ops.values())
-    ops |= rewrite_linears(graph, token=token, below=below, records=records)
+    ends = rewrite_blocks(graph, token, blocks)
+    ops = rewrite_linears(graph, token=token, below=below, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     ops |= rewrite_attentions(graph, token=token, records=records)
+    records.extend(ends.values())
+    ops |= ends
     # Last: it lists what none of the others recognised.
     record_leftovers(graph, below=below, called=linears, records=records)
 
