@@ -68,7 +68,7 @@ def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> C
     b, _, t, _ = do.shape
     rows = do.transpose(1, 2).reshape(b * t, -1)
     base = mean.transpose(0, 1).reshape(t, -1)
-    chosen = reuse.rows(rows, base, keep, None if live is None else live.view(-1))
+    chosen = reuse.rows(rows, base, keep, None if live is None else live.reshape(-1))
     computed = torch.zeros(b * t, dtype=torch.bool, device=do.device)
     computed[chosen.kept] = True
     dropped = cast(Tensor, chosen.dropped).view(b, t)
