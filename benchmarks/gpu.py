@@ -138,7 +138,7 @@ def _check(what: str, ours: Tensor, theirs: Tensor) -> None:
 
 def linear(device: torch.device, smoke: bool) -> list[Row]:
     """All that a site does in a backward, dX written out at the end, against dY · W and dYᵀ · X."""
-    from sparse_compile import Reuse, Sample
+    from sparse_compile import Reuse, Sample, Schedule
     from sparse_compile.linear_site import LinearSite
 
     n, inputs, outputs, tokens = (48, 32, 40, 12) if smoke else (16384, 4096, 4096, 512)
@@ -154,9 +154,11 @@ def linear(device: torch.device, smoke: bool) -> list[Row]:
         ):
             site = LinearSite(name)
 
-            def ours(site: Any = site, method: Any = method, gradient: Tensor = gradient) -> object:
+            phase = Schedule(linear=method).at(0)
+
+            def ours(site: Any = site, phase: Any = phase, gradient: Tensor = gradient) -> object:
                 gradients = site.linear_backward(
-                    gradient, x, w, tokens=tokens, dw_transposed=False, method=method
+                    gradient, x, w, tokens=tokens, dw_transposed=False, phase=phase
                 )
                 products, index = gradients[0]
                 return products[index], gradients[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile import Reuse, Sample, Schedule, device_linear, sparse_backend
+from sparse_compile import Phase, Reuse, Sample, Schedule, device_linear, sparse_backend
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.linear_site import LinearSite
@@ -52,6 +52,11 @@ def batch(step: int, dead: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
     return dy, x, w
 
 
+def at(method: Reuse | Sample | None) -> Phase:
+    """What a schedule says whose linears are done by ``method``."""
+    return Schedule(linear=method).at(0)
+
+
 class OnDevice:
     """Runs a site as on a GPU."""
 
@@ -87,7 +92,7 @@ def test_gradients_are_those_of_the_cpu(
     ours, site = run(), LinearSite("layer", seed=1)
     for step, dead in enumerate((0.4, 0.4, 0.0, 0.9, 1.0)):
         dy, x, w = batch(step, dead)
-        options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": "dWᵀ" in gradients}
+        options = {"tokens": TOKENS, "phase": at(METHODS[name]), "dw_transposed": "dWᵀ" in gradients}
         operands = (dy, x if "dW" in gradients else None, w if "dX" in gradients else None)
         theirs = written(site.linear_backward(*operands, **options))
         torch.testing.assert_close(ours(*operands, **options), theirs, rtol=1e-4, atol=1e-5)
@@ -101,7 +106,7 @@ def test_what_the_device_counted_reaches_the_report(
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
     ours = run()
     for step in range(3):
-        ours(*batch(step, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+        ours(*batch(step, 0.5), tokens=TOKENS, phase=at(None), dw_transposed=False)
     ours.site.settle()
     done = ours.site.counters
     assert (done.rows, done.rows_zero, done.rows_computed) == (3 * N, 3 * N // 2, 3 * N // 2)
@@ -115,7 +120,7 @@ def test_zero_rows_that_are_multiplied_all_the_same_are_not_counted_as_skipped(
 ) -> None:
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "aten")
     ours = run()
-    ours(*batch(0, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+    ours(*batch(0, 0.5), tokens=TOKENS, phase=at(None), dw_transposed=False)
     ours.site.settle()
     assert ours.site.counters.flops_backward == ours.site.counters.flops_backward_dense
 
@@ -123,7 +128,7 @@ def test_zero_rows_that_are_multiplied_all_the_same_are_not_counted_as_skipped(
 def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:
     ours = run()
     for step in range(2):
-        ours(*batch(step, 0.5), tokens=TOKENS, method=Reuse(0.7), dw_transposed=False)
+        ours(*batch(step, 0.5), tokens=TOKENS, phase=at(Reuse(0.7)), dw_transposed=False)
     before = ours.site.counters.rows_zero
     ours.site.settle()
     assert ours.site.counters.rows_zero >= before + N // 2
@@ -138,7 +143,7 @@ def test_a_layer_that_costs_nothing_is_not_looked_at(
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
     monkeypatch.setattr(on_device, "live_rows", never)
     ours = run()
-    options = {"tokens": TOKENS, "method": None, "dw_transposed": False}
+    options = {"tokens": TOKENS, "phase": at(None), "dw_transposed": False}
     gradients = ours.site.linear_backward(*(t.to(ours.device) for t in batch(0)), **options)
     dy, x, w = batch(0)
     torch.testing.assert_close(written(gradients), (dy @ w, dy.t() @ x), rtol=1e-4, atol=1e-5)
@@ -153,11 +158,11 @@ def test_looks_for_zero_rows_become_rare_where_there_are_none(
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
     ours = run()
     for step in range(40):
-        ours(*batch(step, 0.0), tokens=TOKENS, method=None, dw_transposed=False)
+        ours(*batch(step, 0.0), tokens=TOKENS, phase=at(None), dw_transposed=False)
     assert looks == [0, 2, 6, 14, 30]
     # Once a look sees some, every later backward looks, and skips them.
     for step in range(40, 60):
-        ours(*batch(step, 0.5), tokens=TOKENS, method=None, dw_transposed=False)
+        ours(*batch(step, 0.5), tokens=TOKENS, phase=at(None), dw_transposed=False)
     assert looks[5:] == [*range(46, 60)]
     assert ours.site.kernel == "triton"
 
@@ -169,10 +174,10 @@ def test_an_overflow_reaches_the_gradients_and_leaves_no_base(run: Callable[...,
     for method in (Reuse(0.7), Sample(0.3), None):
         dy, x, w = batch(0)
         dy[0] = torch.inf
-        dx, dw = ours(dy, x, w, method=method, **options)
+        dx, dw = ours(dy, x, w, phase=at(method), **options)
         assert not dx.isfinite().all()
         assert not dw.isfinite().all()
-    dx, dw = ours(*batch(1), method=Reuse(0.7), **options)
+    dx, dw = ours(*batch(1), phase=at(Reuse(0.7)), **options)
     assert dx.isfinite().all()
     assert dw.isfinite().all()
 
@@ -257,7 +262,7 @@ def test_nothing_waits_for_the_gpu(
     name: str, kernel: str, run: Callable[..., OnDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = run()
-    options = {"tokens": TOKENS, "method": METHODS[name], "dw_transposed": False}
+    options = {"tokens": TOKENS, "phase": at(METHODS[name]), "dw_transposed": False}
     operands = [t.cuda() for t in batch(0)]
     monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
     for _ in range(3):  # kernels are built, and the base is there
