@@ -258,8 +258,10 @@ def _forward_values(reader: Node) -> list[Node]:
     return [node for node in reader.all_input_nodes if g.is_tensor(node) and not g.is_backward(node)]
 
 
-def _is_fused_attention(reader: Node) -> bool:
-    return "scaled_dot_product" in str(reader.target)
+def _is_fused_attention(node: Node) -> bool:
+    """Whether a node is a fused attention or its backward, PyTorch's own or ours."""
+    ours = torch.ops.sparse_compile.fused_attention_backward.default
+    return node.target is ours or "scaled_dot_product" in str(node.target)
 
 
 def _attention_output(value: Node) -> tuple[Node, int] | None:

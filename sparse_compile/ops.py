@@ -78,7 +78,7 @@ _library.define("boundary(Tensor h, int block) -> Tensor")
 _library.define("boundary_gradient(Tensor dh, int block) -> Tensor")
 _library.define(
     "sample_weights(Tensor token, Tensor squares, int site) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 
 # Keeps partitioners from moving it to the backward, which is the only user of its result.

@@ -225,7 +225,11 @@ def test_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         dense = gradients(model, model, x)
         run, backend = compiled(model, Schedule.back_razor(0.0))
-        assert_close(gradients(run, model, x), dense, rtol=2e-2)
+        found = gradients(run, model, x)
+        # A bias of the keys shifts all scores of a query alike: its true gradient is zero, the rest rounding.
+        for each in (found, dense):
+            assert each.pop("k.bias").abs().max() < 1e-2
+        assert_close(found, dense, rtol=2e-2)
         run, backend = compiled(copy.deepcopy(model), Schedule.back_razor(0.9))
         saved = saved_by(run(x), model, x)
     stored = {dtype for dtype, shape in saved if len(shape) == 1}
