@@ -19,7 +19,7 @@ from variants import PHASES
 ROOT = Path(__file__).resolve().parents[1]
 MERIT = (
     "realised / ideal = (dense step − this step) / (time that the skipped FLOPs would have cost), per round; "
-    "the latter is Σ over linear sites of the time of the site's own dense dX and dW products × the share of "
+    "the latter is Σ over sites of the time of the site's own dense backward products × the share of "
     "their FLOPs skipped"
 )
 

@@ -7,10 +7,11 @@ along: the speed-up measured for *it* is the noise.
 **Realised / ideal.** For each round,
 
     realised   time(dense step) − time(variant's step)
-    ideal      Σ over linear sites of t(site) · (1 − backward FLOPs executed / backward FLOPs dense)
+    ideal      Σ over sites of t(site) · (1 − backward FLOPs executed / backward FLOPs dense)
 
-t(site) is the time of that site's own dense backward products, dX = dY·W and dW = dYᵀ·X at full size (those
-of the two that the site has), timed in the same round with the same threads. So the ideal is the time that
+t(site) is the time of that site's own dense backward, timed in the same round with the same threads: of a
+linear the products dX = dY·W and dW = dYᵀ·X at full size (those of the two that the site has), of an attention
+PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the time that
 the skipped FLOPs would have cost at the rate of the very matmuls they belong to, with no cost for choosing,
 gathering or scattering rows; work a method adds (the products of a reused base) is in its executed FLOPs and
 is not skipped. 1.0 means that skipping cost nothing.
@@ -31,7 +32,7 @@ from variants import PHASES, Trainee
 
 T = TypeVar("T")
 Site = Mapping[str, Any]
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]  # (N, I, O) of a linear; (B, H, T, D, products) of an attention
 Spread = dict[str, float]
 
 # Below this share of the dense step, the time to be saved drowns in noise: realised / ideal means nothing.
@@ -60,9 +61,27 @@ def rotated(items: Sequence[T], turn: int) -> list[T]:
     return order[::-1] if turn // len(items) % 2 else order
 
 
-def linear_shapes(sites: Sequence[Site]) -> set[Shape]:
-    """The (N, I, O) of the linear sites whose shape is known."""
-    return {tuple(site["shape"]) for site in sites if site["kind"] == "linear" and site["shape"]}  # type: ignore[misc]
+def shapes_of(sites: Sequence[Site]) -> set[Shape]:
+    """Of the linears and attentions whose shape is known, what :class:`DenseTimer` times."""
+    return {shape for site in sites if (shape := shape_of(site))}
+
+
+def shape_of(site: Site) -> Shape | None:
+    """The sizes of a site's dense backward. Of an attention they end in the number of its products, 5 of the
+    fused op, which makes the scores again, and 4 of a chain."""
+    if site["kind"] == "linear" and site["shape"]:
+        return tuple(site["shape"])
+    if site["kind"] != "attention" or len(site["shape"]) != 4 or not site["flops_forward"]:
+        return None
+    return *site["shape"], round(2 * backward_flops(site)[0] / site["flops_forward"])
+
+
+def flops_of(shape: Shape) -> int:
+    """FLOPs of what :class:`DenseTimer` times."""
+    if len(shape) == 3:
+        return 4 * shape[0] * shape[1] * shape[2]
+    samples, heads, tokens, features, products = shape
+    return products * 2 * samples * heads * tokens * tokens * features
 
 
 def last_step(before: Sequence[Site], now: Sequence[Site], steps: int) -> list[Site]:
@@ -89,44 +108,63 @@ def backward_flops(site: Site) -> tuple[float, float]:
 
 
 def ideal_saving(sites: Sequence[Site], seconds: Mapping[Shape, float]) -> float:
-    """Seconds that the skipped backward FLOPs of the linear sites would have cost (see the top of this file).
+    """Seconds that the skipped backward FLOPs would have cost (see the top of this file).
 
-    `seconds[shape]` is the time of both products, 4·N·I·O FLOPs; a site with one of them (a frozen weight, a
-    first layer) or with several (a layer used twice) is charged in proportion.
+    `seconds[shape]` is the time of a whole dense backward; a linear with one of its products (a frozen weight,
+    a first layer) or with several (a layer used twice) is charged in proportion.
     """
     total = 0.0
     for site in sites:
         dense, executed = backward_flops(site)
-        if site["kind"] != "linear" or not site["rewritten"]:
-            continue
-        n, i, o = site["shape"]
-        total += seconds[n, i, o] * (dense - executed) / (4 * n * i * o)
+        shape = shape_of(site)
+        if shape is not None and site["rewritten"]:
+            total += seconds[shape] * (dense - executed) / flops_of(shape)
     return total
 
 
-class MatmulTimer:
-    """Times the two dense backward products of a linear, for each shape that occurs."""
+class DenseTimer:
+    """Times the dense backward of a linear or an attention, for each shape that occurs."""
 
     def __init__(self) -> None:
-        self._operands: dict[Shape, tuple[Tensor, Tensor, Tensor]] = {}
+        self._runs: dict[Shape, Callable[[], object]] = {}
 
     def add(self, shapes: set[Shape]) -> None:
         """Make operands for shapes not seen before, and run each once: the first timing is a warm one."""
-        for shape in sorted(shapes - self._operands.keys()):
-            n, i, o = shape
-            self._operands[shape] = torch.randn(n, o), torch.randn(n, i), torch.randn(o, i)
+        for shape in sorted(shapes - self._runs.keys()):
+            self._runs[shape] = _dense_linear(*shape) if len(shape) == 3 else _dense_attention(*shape)
             self._seconds(shape)
 
     def round(self) -> dict[Shape, float]:
-        """Seconds of dX and dW together, once for every shape."""
-        return {shape: self._seconds(shape) for shape in self._operands}
+        """Seconds of the backward of every shape, once."""
+        return {shape: self._seconds(shape) for shape in self._runs}
 
     def _seconds(self, shape: Shape) -> float:
-        grad_output, x, weight = self._operands[shape]
         start = time.perf_counter()
-        torch.mm(grad_output, weight)
-        torch.mm(grad_output.t(), x)
+        self._runs[shape]()
         return time.perf_counter() - start
+
+
+def _dense_linear(n: int, i: int, o: int) -> Callable[[], object]:
+    dy, x, w = torch.randn(n, o), torch.randn(n, i), torch.randn(o, i)
+    return lambda: (torch.mm(dy, w), torch.mm(dy.t(), x))
+
+
+def _dense_attention(
+    samples: int, heads: int, tokens: int, features: int, products: int
+) -> Callable[[], object]:
+    q, k, v, do = (torch.randn(samples, tokens, heads, features).transpose(1, 2) for _ in range(4))
+    if products == 5:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, logsumexp = flash(q, k, v)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return lambda: backward(do, q, k, v, out, logsumexp, 0.0, False)
+    a = torch.softmax(q @ k.mT, -1)
+
+    def chain() -> object:
+        ds = torch.ops.aten._softmax_backward_data(do @ v.mT, a, -1, a.dtype)
+        return a.mT @ do, ds @ k, ds.mT @ q
+
+    return chain
 
 
 @dataclass(kw_only=True)
@@ -135,7 +173,7 @@ class Measurements:
 
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     sites: dict[str, list[Sequence[Site]]] = field(default_factory=dict)
-    matmuls: list[dict[Shape, float]] = field(default_factory=list)
+    dense: list[dict[Shape, float]] = field(default_factory=list)  # of the sites' dense backwards
     losses: dict[str, float] = field(default_factory=dict)
     graphs_compiled: int = 0
 
@@ -151,10 +189,11 @@ class Measurements:
 
     def matmul_gflops(self) -> float | None:
         """Dense rate of the linear sites' backward products: FLOPs of each shape once, over their time."""
-        if not self.matmuls or not self.matmuls[0]:
+        linears = [shape for shape in (self.dense[0] if self.dense else ()) if len(shape) == 3]
+        if not linears:
             return None
-        flops = sum(4 * n * i * o for n, i, o in self.matmuls[0])
-        return flops / 1e9 / statistics.median(sum(seconds.values()) for seconds in self.matmuls)
+        seconds = [sum(times[shape] for shape in linears) for times in self.dense]
+        return sum(map(flops_of, linears)) / 1e9 / statistics.median(seconds)
 
     def _merit(self, name: str, dense: str) -> dict[str, Any]:
         reports = self.sites[name]
@@ -169,11 +208,9 @@ class Measurements:
         }
         base = self.seconds[dense]["step"]
         saved = [a - b for a, b in zip(base, self.seconds[name]["step"], strict=True)]
-        ideal = [ideal_saving(sites, times) for sites, times in zip(reports, self.matmuls, strict=True)]
+        ideal = [ideal_saving(sites, times) for sites, times in zip(reports, self.dense, strict=True)]
         merit |= {"saved_seconds": spread(saved), "ideal_seconds": spread(ideal)}
-        if any(site["rewritten"] and site["kind"] != "linear" for site in reports[-1]):
-            merit |= {"realised": None, "why_not": "other sites than linear ones skip work too"}
-        elif statistics.median(ideal) < SMALLEST_IDEAL * statistics.median(base):
+        if statistics.median(ideal) < SMALLEST_IDEAL * statistics.median(base):
             merit |= {"realised": None, "why_not": "there was next to nothing to skip"}
         else:
             merit["realised"] = paired_ratios(saved, ideal)
@@ -193,11 +230,11 @@ def interleave(
         for turn in range(warmup):
             _timed_step(trainee, batches[turn % len(batches)], turn)
             tick(f"{trainee.variant.name}: warming up")
-    matmuls = MatmulTimer()
+    dense = DenseTimer()
     reports: dict[str, list[Site]] = {}
     for trainee in trainees:
         reports[trainee.variant.name] = [*trainee.sites()]
-        matmuls.add(linear_shapes(reports[trainee.variant.name]))
+        dense.add(shapes_of(reports[trainee.variant.name]))
     result = Measurements(
         seconds={t.variant.name: {phase: [] for phase in PHASES} for t in trainees},
         sites={t.variant.name: [] for t in trainees},
@@ -216,7 +253,7 @@ def interleave(
                 before, reports[name] = reports[name], [*trainee.sites()]
                 result.sites[name].append(last_step(before, reports[name], warmup + turn + 1))
                 tick(name)
-            result.matmuls.append(matmuls.round())
+            result.dense.append(dense.round())
             gc.collect()
     finally:
         gc.enable()
