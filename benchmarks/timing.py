@@ -10,8 +10,8 @@ along: the speed-up measured for *it* is the noise.
     ideal      Σ over sites of t(site) · (1 − backward FLOPs executed / backward FLOPs dense)
 
 t(site) is the time of that site's own dense backward, timed in the same round with the same threads: of a
-linear the products dX = dY·W and dW = dYᵀ·X at full size (those of the two that the site has), of an attention
-PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the time that
+linear the products dX = dY·W and dW = dYᵀ·X at full size (those of the two that the site has), of an
+attention PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the time that
 the skipped FLOPs would have cost at the rate of the very matmuls they belong to, with no cost for choosing,
 gathering or scattering rows; work a method adds (the products of a reused base) is in its executed FLOPs and
 is not skipped. 1.0 means that skipping cost nothing.
@@ -110,8 +110,8 @@ def backward_flops(site: Site) -> tuple[float, float]:
 def ideal_saving(sites: Sequence[Site], seconds: Mapping[Shape, float]) -> float:
     """Seconds that the skipped backward FLOPs would have cost (see the top of this file).
 
-    `seconds[shape]` is the time of a whole dense backward; a linear with one of its products (a frozen weight,
-    a first layer) or with several (a layer used twice) is charged in proportion.
+    `seconds[shape]` is the time of a whole dense backward; a linear with one of its products (a frozen
+    weight, a first layer) or with several (a layer used twice) is charged in proportion.
     """
     total = 0.0
     for site in sites:
