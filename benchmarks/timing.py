@@ -11,10 +11,11 @@ along: the speed-up measured for *it* is the noise.
 
 t(site) is the time of that site's own dense backward, timed in the same round with the same threads: of a
 linear the products dX = dY·W and dW = dYᵀ·X at full size (those of the two that the site has), of an
-attention PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the time that
-the skipped FLOPs would have cost at the rate of the very matmuls they belong to, with no cost for choosing,
-gathering or scattering rows; work a method adds (the products of a reused base) is in its executed FLOPs and
-is not skipped. 1.0 means that skipping cost nothing.
+attention PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the
+time that the skipped FLOPs would have cost at the rate of the very products they belong to, with no cost for
+choosing, gathering or scattering rows; work a method adds (the products of a reused base) is in its executed
+FLOPs and is not skipped. 1.0 means that skipping cost nothing. A chain's masks and dropout are not in t(site),
+and are not done for skipped rows either: there it can come out above 1.
 """
 
 from __future__ import annotations
