@@ -14,8 +14,8 @@ linear the products dX = dY·W and dW = dYᵀ·X at full size (those of the two 
 attention PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the
 time that the skipped FLOPs would have cost at the rate of the very products they belong to, with no cost for
 choosing, gathering or scattering rows; work a method adds (the products of a reused base) is in its executed
-FLOPs and is not skipped. 1.0 means that skipping cost nothing. A chain's masks and dropout are not in t(site),
-and are not done for skipped rows either: there it can come out above 1.
+FLOPs and is not skipped. 1.0 means that skipping cost nothing. A chain's masks and dropout are not in
+t(site), and are not done for skipped rows either: there it can come out above 1.
 """
 
 from __future__ import annotations
