@@ -1,8 +1,9 @@
 """The graph passes, in the order in which they run on a joint forward/backward graph.
 
 They know graphs and sites and nothing of numbers. What a pass inserts is one op per site, which asks the
-runtime at every step what is to be done; so a phase change needs no new graph. The one exception is the
-packing of what is saved for backward: its ratio is a size in the graph, and holds for the whole training.
+runtime at every step what is to be done; so a phase change needs no new graph. Two things are in the graph
+only if the schedule has a use for them: the ends of blocks, and the packing of what is saved for backward,
+whose ratio is a size in the graph and holds for the whole training.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) 
     Returns:
         The ops that were inserted, and the record of each. Their site numbers are not set yet.
     """
-    products = list(g.products(graph, backward=False))  # the records so far are theirs, in the same order
-    of_product = dict(zip(products, records, strict=False))
+    # The records so far are those of the forward products, each of them and in the same order.
+    of_product = dict(zip(g.products(graph, backward=False), records, strict=True))
     ops: dict[Node, SiteRecord] = {}
     calls: Counter[str] = Counter()
     for forward in [node for node in graph.nodes if _is_fused_attention(node)]:

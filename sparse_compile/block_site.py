@@ -39,7 +39,8 @@ class BlockSite(Site):
             self._draws += 1
             share = self.keep(phase)
             if self.controller.measures(phase.step):
-                self.controller.observe_samples(self.name, norms, draw)
+                if not (self.left_alone or self.held_back):  # else nothing is dropped here, whatever is seen
+                    self.controller.observe_samples(self.name, norms, draw)
             elif share < 1.0:
                 self.method = phase.blocks.method
                 clip = phase.blocks.clip if isinstance(phase.blocks, Sample) else None

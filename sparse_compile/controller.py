@@ -75,10 +75,6 @@ class Controller:
         self._seen_weights: dict[str, Weight] = {}
         self._overflowed = False  # after some of it was seen
 
-    @property
-    def active(self) -> bool:
-        return self.blocks is not None or self.linear is not None
-
     def measures(self, step: int) -> bool:
         """Whether the backward of this step is a measurement."""
         setting = self.blocks or self.linear

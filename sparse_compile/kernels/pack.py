@@ -38,7 +38,7 @@ def pack(x: Tensor, samples: int, k: int) -> tuple[Tensor, Tensor]:
     flat = x.reshape(samples, -1)
     masks, values = [], []
     for some in flat.split(max(1, _CHUNK // flat.shape[1])):
-        size = some.abs().nan_to_num_(nan=math.inf, posinf=math.inf)  # what overflowed must not go unseen
+        size = _magnitude(some)
         kept = size >= _kth_largest(size, k)
         chosen = some.masked_select(kept)
         if len(chosen) != len(some) * k:  # others are equal to a k-th
