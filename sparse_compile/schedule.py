@@ -94,6 +94,7 @@ class Schedule:
         store(self, "skip_layers", _block_indices(self.skip_layers))
         if self.total_steps is not None:
             store(self, "total_steps", integer("Schedule.total_steps", self.total_steps, at_least=1))
+        self._check_ignored()
         for field, method in self._methods().items():
             if method is not None and method.needs_total_steps and self.total_steps is None:
                 late = next(phase for phase in method.phases if phase[1] > 0)
@@ -265,6 +266,14 @@ class Schedule:
             raise wrong("The argument of Schedule.from_dict", values, "a dict as Schedule.to_dict returns")
         _check_keys("Schedule", values, cls)
         return cls(**{k: _method_from_dict(k, v) if k in METHODS else v for k, v in values.items()})
+
+    def _check_ignored(self) -> None:
+        """Refuse settings of sampling that the field they are in has no use for."""
+        where = getattr(self.linear, "where", None)
+        if where is not None and (isinstance(self.linear, Sample) or self.blocks is None):
+            raise wrong("Schedule.linear's where", where, "None: blocks are a matter of Schedule.blocks")
+        if isinstance(self.blocks, Sample) and self.blocks.gradients != "both":
+            raise wrong("Schedule.blocks's gradients", self.blocks.gradients, '"both"')
 
     def _methods(self) -> dict[str, Method | None]:
         return {field: getattr(self, field) for field in METHODS}

@@ -180,6 +180,19 @@ def test_blocks_take_sampling_only(value):
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"linear": Sample(0.5, where="a")}, "Schedule.linear's where is 'a'; allowed is None"),
+        ({"linear": Sample.adaptive(where="a")}, "Schedule.linear's where is 'a'; allowed is None"),
+        ({"blocks": Sample(0.5, gradients="weight")}, "Schedule.blocks's gradients is 'weight'"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(fields, message):
+    with refused(message):
+        Schedule(**fields)
+
+
+@pytest.mark.parametrize(
     ("field", "message"),
     [
         ("attention", "Schedule.attention is Adaptive("),
