@@ -38,23 +38,25 @@ class AttentionSite(Site):
             self.method = "dense"
             self._count(0, self._rows, forward)
             return forward.backward(do)
-        live = exact.live_queries(do)
         if self.held_back or not isinstance(method, Reuse) or method.keep == 1.0:
             self.method = "exact"
-            return self._exact(do, forward, live)
+            return self._exact(do, forward)
         self.method = method.method
+        live = exact.live_queries(do)
         if method.granularity == "row":
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
 
-    def _exact(self, do: Tensor, forward: kernel.Forward, live: Tensor | None) -> kernel.Gradients:
+    def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
+        fewest = exact.fewest_to_skip_in_attention(
+            self._rows, forward.keys, self.shape[3], stored=forward.stored
+        )
+        live = exact.live_queries(do, fewest)
         if live is not None:
             groups = kernel.groups(live)
             computed = _rows_in(groups)
-            if exact.skip_pays_in_attention(
-                computed, self._rows, forward.keys, self.shape[3], stored=forward.stored
-            ):
+            if self._rows - computed >= fewest:
                 self._count(self._rows - int(live.sum()), computed, forward)
                 return forward.backward_of_rows(do, groups)
         self._count(0, self._rows, forward)
@@ -65,7 +67,7 @@ class AttentionSite(Site):
     ) -> kernel.Gradients:
         means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
         if means is None:
-            gradients = self._exact(do, forward, live)
+            gradients = self._exact(do, forward)
         else:
             rows = attention.choose_rows(do, means["do"], method.keep, live)
             groups = kernel.groups(rows.computed)

@@ -102,21 +102,14 @@ class LinearSite(Site):
 
     def _exactly(self, dy: Tensor) -> tuple[int, Estimates]:
         """The number of rows skipped as zero, as far as the host knows, and dY without them."""
-        if self._device is None:
-            return self._skip_zero_rows(dy, exact.live_rows(dy))
-        estimate = self._device.live_rows(dy, self.shape[1])
-        return 0, (dy, dy) if estimate is None else (estimate, estimate)
-
-    def _skip_zero_rows(self, dy: Tensor, live: Tensor | None) -> tuple[int, Estimates]:
-        """The number of rows skipped as zero, and dY without them."""
+        if self._device is not None:
+            estimate = self._device.live_rows(dy, self.shape[1])
+            return 0, (dy, dy) if estimate is None else (estimate, estimate)
+        live = exact.live_rows(dy, exact.fewest_to_skip(*self.shape))
         if live is None:
             return 0, (dy, dy)
-        n, inputs, outputs = self.shape
-        zero = n - int(live.sum())
-        if not exact.skip_pays(zero, n, inputs, outputs):
-            return 0, (dy, dy)
         rows = exact.rows(live)
-        return zero, (rows, rows)
+        return len(dy) - rows.computed, (rows, rows)
 
     def _reuse(self, dy: Tensor, tokens: int, method: Reuse, use: Use) -> tuple[int, Estimates]:
         """Estimate dY by reuse, and remember it as the schedule says."""

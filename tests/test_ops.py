@@ -46,7 +46,7 @@ def test_opcheck_begin(manifest: str) -> None:
 def test_opcheck_linear_backward(
     gradients: str, dw_transposed: bool, dtype: torch.dtype, zero_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays", lambda *_: True)
+    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_: 1)
     dy, x, w = tensors(dtype, zero_rows)
     arguments = (
         dy,
@@ -79,7 +79,7 @@ def test_without_a_backend_the_gradients_are_exact(
     zero_rows: int, dw_transposed: bool, skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a compiled model was saved and loaded elsewhere."""
-    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays", lambda *_: skip)
+    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_: 1 if skip else ROWS + 1)
     dy, x, w = tensors(torch.float64, zero_rows)
     rows, index, dw = linear_backward(token(), dy, x, w, 0, 1, dw_transposed)
     torch.testing.assert_close(rows[index], dy @ w)
@@ -141,7 +141,8 @@ def chain_arguments(dtype: torch.dtype, dropout: bool) -> tuple[object, ...]:
 def test_opcheck_fused_attention_backward(
     causal: bool, masked: bool, dtype: torch.dtype, skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays_in_attention", lambda *_, **__: skip)
+    fewest = 1 if skip else 1000
+    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip_in_attention", lambda *_, **__: fewest)
     torch.library.opcheck(fused_attention_backward, (token(), 0, *fused_arguments(dtype, causal, masked)))
 
 
@@ -151,7 +152,8 @@ def test_opcheck_fused_attention_backward(
 def test_opcheck_attention_backward(
     dropout: bool, dtype: torch.dtype, skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_compile.methods.exact.skip_pays_in_attention", lambda *_, **__: skip)
+    fewest = 1 if skip else 1000
+    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip_in_attention", lambda *_, **__: fewest)
     torch.library.opcheck(attention_backward, (token(), 0, *chain_arguments(dtype, dropout)))
 
 

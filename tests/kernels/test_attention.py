@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,11 +181,33 @@ def test_live_queries(apart: bool) -> None:
     assert exact.live_queries(do) is None
 
 
-@pytest.mark.parametrize(("stored", "computed"), [(False, 74), (True, 56)])
-def test_skipping_pays_if_enough_rows_are_zero(stored: bool, computed: int) -> None:
+@pytest.mark.parametrize("keys", [8, 128, 4096])
+@pytest.mark.parametrize("stored", [False, True])
+def test_skipping_pays_from_the_number_on_at_which_it_saves_more_than_it_moves(
+    stored: bool, keys: int
+) -> None:
+    fewest = exact.fewest_to_skip_in_attention(100, keys, 64, stored=stored)
+    for computed in range(101):
+        saved = (8 if stored else 10) * keys * 64 * (100 - computed)
+        moved = computed * (4 * 64 + (2 * keys if stored else 0)) + 100 * 64
+        assert (100 - computed >= fewest) == (saved > 80 * moved)
+
+
+@pytest.mark.parametrize(("stored", "fewest"), [(False, 25), (True, 43)])
+def test_skipping_pays_if_enough_rows_are_zero(stored: bool, fewest: int) -> None:
     """A quarter of them with 128 keys, and more if there are probabilities to gather."""
-    pays = functools.partial(exact.skip_pays_in_attention, features=64, stored=stored)
-    assert pays(computed, 100, keys=128)
-    assert not pays(computed + 2, 100, keys=128)
-    assert not pays(100, 100, keys=4096)
-    assert not pays(10, 100, keys=8)
+    assert abs(exact.fewest_to_skip_in_attention(100, 128, 64, stored=stored) - fewest) <= 1
+
+
+@pytest.mark.parametrize("zero", [0, 4, 5, 20])
+def test_too_few_zero_queries_are_not_told_of(zero: int) -> None:
+    do = heads(QUERIES)
+    rows = [(b, t) for b in range(do.shape[0]) for t in range(do.shape[2])][:zero]
+    for b, t in rows:
+        do[b, :, t] = 0
+    live = exact.live_queries(do, fewest=5)
+    if zero < 5:
+        assert live is None
+    else:
+        assert live is not None
+        assert [tuple(row) for row in (~live).nonzero().tolist()] == rows

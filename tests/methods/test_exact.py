@@ -121,12 +121,41 @@ def test_rows_of_a_zero_gradient_are_none():
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (8, 8), (64, 64), (384, 1536), (3072, 768)])
-def test_skipping_pays_more_the_more_is_skipped(inputs, outputs):
-    pays = [exact.skip_pays(skipped, 256, inputs, outputs) for skipped in range(257)]
-    assert pays == sorted(pays)
-    assert not pays[0]
+def test_skipping_pays_from_the_number_on_at_which_it_saves_more_than_it_moves(inputs, outputs):
+    fewest = exact.fewest_to_skip(256, inputs, outputs)
+    for skipped in range(257):
+        saved = 4 * skipped * inputs * outputs
+        moved = 80 * ((256 - skipped) * (outputs + inputs) + 256 * inputs)
+        assert (skipped >= fewest) == (saved > moved)
 
 
 def test_skipping_pays_for_wide_layers_and_not_for_narrow_ones():
-    assert exact.skip_pays(1024, 2048, 768, 768)
-    assert not exact.skip_pays(1024, 2048, 4, 4)
+    assert exact.fewest_to_skip(2048, 768, 768) < 512
+    assert exact.fewest_to_skip(2048, 4, 4) > 2048
+
+
+@pytest.mark.parametrize("zero", [0, 3, 4, 5, 30, 50])
+def test_too_few_zero_rows_are_not_told_of(zero):
+    dy = gradient(rows=60)
+    dy[:zero] = 0
+    dy[zero : zero + 2, :8] = 0  # these only seem to be zero
+    wanted = [False] * zero + [True] * (60 - zero)
+    live = exact.live_rows(dy, fewest=5)
+    assert live is None if zero < 5 else live.tolist() == wanted
+
+
+@pytest.mark.parametrize("tokens", [64, 100, 128])
+def test_padded_samples_are_found_by_a_look_at_some_of_the_rows(tokens):
+    """Where skipping 60 rows of 2048 would pay, a tenth of the tokens of every sample is not overlooked."""
+    samples = 2048 // tokens
+    dy = gradient(rows=samples * tokens)
+    assert exact.live_rows(dy, fewest=60) is None
+    dy.view(samples, tokens, -1)[:, -(tokens // 10) :] = 0
+    assert torch.equal(exact.live_rows(dy, fewest=60), live_by_definition(dy))
+
+
+def test_a_guess_that_too_few_rows_are_zero_looks_at_few_rows():
+    dy = gradient(rows=1280)
+    dy[1::11] = 0  # none of those that are looked at: every 11th
+    assert exact.live_rows(dy, fewest=50) is None
+    assert int(exact.live_rows(dy).sum()) == 1280 - 117
