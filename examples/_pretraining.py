@@ -159,7 +159,7 @@ def train(
             preprocess_logits_for_metrics=_next_token if recipe.causal else _this_token,
             callbacks=[recorder],
         )
-        # Else the Trainer adds up the losses of micro-batches, in the belief that the model divides them, which
+        # Else the Trainer adds up the losses of micro-batches, believing that the model divides them, which
         # BERT does not. All micro-batches ask for the same number of tokens, so a mean of means is right.
         trainer.model_accepts_loss_kwargs = False
         if backend is not None:

@@ -192,7 +192,13 @@ def present(results: Results, out: Path, json_out: Path) -> None:
     console.print(table(results, "Fine-tuning"))
     for line in footnotes(results, "texts"):
         console.print(line, style="dim", highlight=False)
-    _plots.draw(results, out)
+    s = results.settings
+    seeds = "1 seed" if s["seeds"] == 1 else f"{s['seeds']} seeds, mean ± standard deviation"
+    title = (
+        f"{s['model']} on {s['dataset']}: batch {s['batch_size']} × {s['max_length']} tokens, "
+        f"{s['padding']} padding, {s['train_samples']:,} training texts, {seeds}"
+    )
+    _plots.draw(results, out, title)
     results.write_json(json_out)
     console.print(f"Curves in {out}, all numbers in {json_out}.", highlight=False)
 
