@@ -93,7 +93,7 @@ def as_example(window: Tensor, vocabulary: int, causal: bool, draw: torch.Genera
 def make_model(recipe: Recipe, vocabulary: int) -> transformers.PreTrainedModel:
     """A BERT or GPT-2 of the recipe's size. No dropout: no part of the text is seen often."""
     if recipe.causal:
-        return transformers.GPT2LMHeadModel(
+        gpt = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 vocab_size=vocabulary,
                 n_positions=recipe.length,
@@ -108,6 +108,8 @@ def make_model(recipe: Recipe, vocabulary: int) -> transformers.PreTrainedModel:
                 eos_token_id=None,
             )
         )
+        gpt.loss_type = "ForCausalLM"  # what it would fall back to, with a message that breaks the graph
+        return gpt
     return transformers.BertForMaskedLM(
         transformers.BertConfig(
             vocab_size=vocabulary,
