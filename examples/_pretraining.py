@@ -206,6 +206,8 @@ def _arguments(recipe: Recipe, seed: int, folder: Path) -> transformers.Training
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
+        # On CPU it has to be said, or the processes of torchrun train apart from each other.
+        use_cpu=not torch.accelerator.is_available(),
     )
 
 

@@ -258,11 +258,11 @@ class Bar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(f"{self.name} (compiling)")
+        self._say(f"{self.name} (compiling)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        self.training_bar.set_description(self.name)
+        self._say(self.name)
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """No second bar for evaluations."""
@@ -272,6 +272,10 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix_str(
                 f"held-out loss {logs['eval_loss']:.3f}, accuracy {logs['eval_accuracy']:.1%}"
             )
+
+    def _say(self, text: str) -> None:
+        if self.training_bar is not None:  # only the first process has one
+            self.training_bar.set_description(text)
 
     def close(self) -> None:
         """Leave the bar in one piece also when training was interrupted."""

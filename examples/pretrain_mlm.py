@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import _plots
 import torch
 import torch.distributed as dist
-import transformers
 import typer
 from _download import DataError
 from _pretraining import Recipe, clear, held_out_windows, train
@@ -267,7 +266,7 @@ def say(text: str, style: str | None = None) -> None:
 def one_after_the_other() -> Iterator[None]:
     """The first process goes first, so that only one downloads and tokenises."""
     if world_size() > 1 and not dist.is_initialized():
-        transformers.TrainingArguments(report_to="none").device  # noqa: B018  (starts the process group)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if not is_first():
         dist.barrier()
     try:
