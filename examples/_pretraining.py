@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from _runs import CompiledTrainer, Recorder, Run, Variant, compile_with, fit
@@ -223,8 +224,9 @@ def _next_token(logits: Any, labels: Tensor) -> Tensor:
 
 
 def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    told, labels = prediction.predictions, prediction.label_ids
-    return {"accuracy": float((told == labels)[labels != IGNORED].mean())}
+    told, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    asked = labels != IGNORED
+    return {"accuracy": float((told[asked] == labels[asked]).mean())}
 
 
 def _generator(seed: str) -> torch.Generator:

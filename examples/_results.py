@@ -47,9 +47,7 @@ class Results:
     def seconds_to_dense(self, name: str) -> list[float | None]:
         """For each seed, the training time until it was as good as the dense run of that seed at its end."""
         ends = {run.seed: self._badness(run.curve[-1]) for run in self.of(BASELINE)}
-        return [
-            run.seconds_to(lambda p, run=run: self._badness(p) <= ends[run.seed]) for run in self.of(name)
-        ]
+        return [self._seconds_to(run, ends[run.seed]) for run in self.of(name)]
 
     def loss_at_equal_time(self, name: str) -> list[float | None]:
         """For each seed, the last loss of the curve by the time at which the fastest run ended; None where
@@ -59,6 +57,9 @@ class Results:
             next((point.loss for point in reversed(run.curve) if point.seconds <= end), None)
             for run in self.of(name)
         ]
+
+    def _seconds_to(self, run: Run, badness: float) -> float | None:
+        return run.seconds_to(lambda point: self._badness(point) <= badness)
 
     def _badness(self, point: Point) -> float:
         return point.loss if self.goal == "loss" else -point.accuracy
