@@ -163,6 +163,9 @@ class CompiledTrainer(transformers.Trainer):
 
     def timed_step(self, batch: dict[str, torch.Tensor]) -> float:
         """Seconds for one step as the Trainer takes it; at the end of training its learning rate is 0."""
+        self.current_gradient_accumulation_steps = (
+            1  # set by training, which a resumed run may have done before
+        )
         start = _now()
         samples, items = self.get_batch_samples(iter([batch]), 1, self.args.device)
         self.training_step(self.model_wrapped, samples[0], items)

@@ -224,7 +224,7 @@ def invoke(folder: Path, *options: str) -> Any:
     }
     arguments = [part for key, name in fixed.items() for part in (key, str(folder / name))]
     sizes = (
-        "--steps 4 --batch-size 4 --length 16 --vocabulary 257 --layers 1 --hidden 32 --heads 2 --rounds 0"
+        "--steps 4 --batch-size 4 --length 16 --vocabulary 257 --layers 1 --hidden 32 --heads 2 --rounds 1"
     )
     return CliRunner().invoke(pretrain_mlm.app, [*arguments, *sizes.split(), *options])
 
@@ -243,6 +243,7 @@ def test_the_command_compares_methods_and_a_second_one_resumes_it(tmp_path: Path
     assert done.exit_code == 0, done.output
     again = json.loads((tmp_path / "numbers.json").read_text())
     assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in first["runs"]]
+    assert all(len(seconds) == 1 for seconds in again["interleaved_step_seconds"].values())
 
 
 def test_a_method_that_starts_later_is_exact_before() -> None:
