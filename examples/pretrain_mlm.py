@@ -266,6 +266,8 @@ def say(text: str, style: str | None = None) -> None:
 def one_after_the_other() -> Iterator[None]:
     """The first process goes first, so that only one downloads and tokenises."""
     if world_size() > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if not is_first():
         dist.barrier()
