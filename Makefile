@@ -10,7 +10,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test train bench gpu
+.PHONY: help install lint test train pretrain bench gpu
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(STAMP) ## Run the tests
 
 train: $(STAMP) ## Fine-tune MiniLM on movie reviews, dense against sparse; writes result.png
 	$(BIN)/python examples/finetune_reviews.py $(ARGS)
+
+pretrain: $(STAMP) ## Pretrain a small BERT on Shakespeare, dense against sparse; writes pretraining.png
+	$(BIN)/python examples/pretrain_mlm.py $(ARGS)
 
 bench: $(STAMP) ## Time a training step against plain torch.compile
 	$(BIN)/python benchmarks/step_time.py $(ARGS)

@@ -1,8 +1,11 @@
-"""Quality: fine-tune MiniLM on movie reviews by each method, several seeds, and compare with the dense run.
+"""Quality: train by each method, several seeds, and compare with the dense run.
+
+    --task reviews       fine-tune MiniLM on movie reviews; judged by accuracy
+    --task shakespeare   pretrain a small byte-level GPT on Shakespeare; judged by validation loss
 
 Everything but the method is the same for all runs: weights, batches, Trainer. Two rivals need no sparsity at
 all and belong beside it: dense with `--dynamic-padding`, and dense with a smaller batch (`dense:batch=16`),
-which has the compute of a method that skips half.
+which has the compute of a method that skips half. `:steps=N` lets a method train longer.
 
 Steps that follow each other meet a machine in different moods, so time is not taken from the runs themselves:
 the time axis is steps x the median of alternating steps, one block of which ends the first seed.
@@ -11,106 +14,94 @@ the time axis is steps x the median of alternating steps, one block of which end
 from __future__ import annotations
 
 import json
+import re
 import statistics
-import sys
-import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import quality_plot
 import torch
-import transformers
 import typer
+from quality_tasks import DENSE, DataError, Entry, Task, interleave, quieten, reviews, shakespeare
+from results import context, write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # scripts, not a package
-
-import _results
-from _runs import CompiledTrainer, Recipe, Tokens, Variant, bundled_model, interleave, tokenize, train
-from results import context, write_json
-from reviews import DataError, Split, load_reviews
 from variants import parse_methods
 
 from sparse_compile import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
-DENSE = _results.BASELINE
-METHODS = "dense,dense:batch=16,exact,reuse:0.9,sample:0.25/weight,vcas/solve/freq=20"
+METHODS = {
+    "reviews": "dense,dense:batch=16,exact,reuse:0.9,sample:0.25/weight,vcas/solve/freq=20",
+    "shakespeare": "dense,dense:batch=8:steps=1000,exact,reuse:0.9,sample:0.25,vcas/solve/freq=20",
+}
 
 console = Console()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One method: its schedule (None: plain torch.compile) and its batch size, if not everyone's."""
-
-    variant: Variant
-    batch_size: int | None = None
-
-
 @app.command()
 def main(
+    task: Annotated[str, typer.Option(help="reviews or shakespeare.")] = "reviews",
     methods: Annotated[
-        str, typer.Option(help="dense, dense:batch=N, or a method of step_time.py, separated by commas.")
-    ] = METHODS,
+        str,
+        typer.Option(
+            help="Separated by commas: dense, or a method of step_time.py; each with :batch=N or :steps=N.",
+            show_default="those of the issue",
+        ),
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The seeds count from here.")] = 0,
-    train_samples: Annotated[int, typer.Option(min=96, help="Training texts; all are 8,572.")] = 8_572,
-    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over them.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 32,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens per text, at most.")] = 64,
-    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(min=0, help="Samples per step; 0: 32 or 16.")] = 0,
+    max_length: Annotated[int, typer.Option(min=0, help="Tokens per sample; 0: 64 or 128.")] = 0,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate; 0: 1e-4 or 1e-3.")] = 0.0,
+    train_samples: Annotated[int, typer.Option(min=96, help="Reviews to train on; all are 8,572.")] = 8_572,
+    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the reviews.")] = 1.0,
     static_padding: Annotated[
-        bool, typer.Option("--static-padding/--dynamic-padding", help="To --max-length, or to the longest.")
+        bool,
+        typer.Option("--static-padding/--dynamic-padding", help="Reviews: to --max-length, or the longest."),
     ] = True,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of pretraining.")] = 500,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model that is pretrained.")] = 4,
+    hidden: Annotated[int, typer.Option(min=64, help="Its width, a multiple of 64.")] = 256,
     rounds: Annotated[int, typer.Option(min=0, help="Alternating steps that measure the speed-up.")] = 12,
     json_out: Annotated[
-        Path | None, typer.Option("--json", help="Default: benchmarks/results/quality_reviews_….json")
+        Path | None, typer.Option("--json", help="Default: benchmarks/results/quality_….json")
     ] = None,
     add: Annotated[bool, typer.Option(help="Keep the runs of the results file.")] = True,
 ) -> None:
-    """Fine-tune on reviews by each method and compare accuracy, FLOPs and time with the dense run."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    padding = "static" if static_padding else "dynamic"
-    path = json_out or ROOT / "benchmarks" / "results" / f"quality_reviews_{padding}.json"
+    """Train by each method and compare quality, FLOPs and time with the dense run; writes JSON and PNG."""
+    quieten()
+    if task not in METHODS:
+        raise typer.BadParameter(f"--task is {task!r}; allowed is {' or '.join(METHODS)}.")
+    if hidden % 64:
+        raise typer.BadParameter(f"--hidden is {hidden}; allowed is a multiple of 64.")
     try:
-        entries = parse_entries(methods)
-        split = load_reviews(ROOT / ".data")
+        entries = parse_entries(methods or METHODS[task])
+        if task == "reviews":
+            work = reviews(
+                train_samples=train_samples,
+                epochs=epochs,
+                batch_size=batch_size or 32,
+                max_length=max_length or 64,
+                lr=lr or 1e-4,
+                static_padding=static_padding,
+            )
+        else:
+            work = shakespeare(
+                steps=steps,
+                batch_size=batch_size or 16,
+                length=max_length or 128,
+                lr=lr or 1e-3,
+                layers=layers,
+                hidden=hidden,
+            )
     except (ValueError, DataError) as error:
         raise typer.BadParameter(str(error)) from error
-    count = min(len(split.train), train_samples) // batch_size * batch_size
-    steps = round(epochs * count / batch_size)
-    split = Split(train=split.train.first(count), held_out=split.held_out, classes=split.classes)
-    recipe = Recipe(
-        model=str(bundled_model()),
-        classes=split.classes,
-        steps=steps,
-        steps_per_epoch=count // batch_size,
-        batch_size=batch_size,
-        learning_rate=lr,
-        static_padding=static_padding,
-    )
-    tokens = tokenize(
-        recipe.model, split, curve_samples=500, max_length=max_length, static_padding=static_padding
-    )
-    settings = {
-        "steps": steps,
-        "train_samples": count,
-        "held_out": len(split.held_out),
-        "curve_samples": len(tokens.curve),
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "lr": lr,
-        "padding": padding,
-    }
-    found = Found(settings, path, keep=add)
+    found = Found(work, json_out or ROOT / "benchmarks" / "results" / f"quality_{work.name}.json", keep=add)
     for seed in range(first_seed, first_seed + seeds):
-        run_seed(found, entries, recipe, tokens, seed, rounds if seed == first_seed else 0)
+        run_seed(found, entries, work, seed, rounds if seed == first_seed else 0)
     present(found)
 
 
@@ -118,19 +109,25 @@ def parse_entries(text: str) -> list[Entry]:
     """The methods of the command line. Refuses what it does not know."""
     entries: list[Entry] = []
     for name in (part.strip() for part in text.split(",")):
-        base, _, batch = name.partition(":batch=")
-        if base == DENSE:
-            if batch and not batch.isdigit():
-                raise ValueError(f"methods: {name!r} needs a whole number as its batch")
-            entries.append(
-                Entry(variant=Variant(name=name, schedule=None), batch_size=int(batch or 0) or None)
+        own = dict(re.findall(r":(batch|steps)=(\d+)", name))
+        method = re.sub(r":(batch|steps)=\d+", "", name)
+        if ":batch" in method or ":steps" in method:
+            raise ValueError(f"methods: {name!r} needs a whole number as its batch or steps")
+        schedule = None
+        if method != DENSE:
+            (parsed,) = parse_methods(method)
+            if not parsed.sparse:
+                raise ValueError(f"methods: {name!r} is not compiled; allowed are dense and sparse ones")
+            schedule = parsed.schedule
+        entries.append(
+            Entry(
+                name=name,
+                schedule=None if schedule is None else Schedule.from_dict(schedule),
+                batch_size=int(own.get("batch", 0)) or None,
+                steps=int(own.get("steps", 0)) or None,
             )
-            continue
-        (parsed,) = parse_methods(name)
-        if not parsed.sparse:
-            raise ValueError(f"methods: {name!r} is not compiled; allowed are dense and sparse ones")
-        entries.append(Entry(variant=Variant(name=name, schedule=Schedule.from_dict(parsed.schedule))))
-    if entries[0].variant.name != DENSE:
+        )
+    if entries[0].name != DENSE:
         raise ValueError(f"methods={text!r}: the first must be {DENSE!r}, which the others are held against")
     return entries
 
@@ -138,8 +135,9 @@ def parse_entries(text: str) -> list[Entry]:
 class Found:
     """The results so far, kept in their file after every run."""
 
-    def __init__(self, settings: dict[str, Any], path: Path, *, keep: bool) -> None:
-        self.path = path
+    def __init__(self, task: Task, path: Path, *, keep: bool) -> None:
+        self.path, self.goal = path, task.goal
+        settings = task.settings
         self.data: dict[str, Any] = {**context(), "settings": settings, "step_seconds": {}, "runs": []}
         if keep and path.exists():
             old = json.loads(path.read_text())
@@ -163,22 +161,16 @@ class Found:
         write_json(self.path, self.data)
 
 
-def run_seed(
-    found: Found, entries: list[Entry], recipe: Recipe, tokens: Tokens, seed: int, rounds: int
-) -> None:
+def run_seed(found: Found, entries: list[Entry], task: Task, seed: int, rounds: int) -> None:
     """Train what is missing of one seed, then take alternating steps of what was trained."""
     torch._dynamo.config.recompile_limit = 4 * len(entries)
-    trainers: dict[str, CompiledTrainer] = {}
+    trainers: dict[str, Any] = {}
     for entry in entries:
-        name = entry.variant.name
-        if found.has(name, seed):
+        if found.has(entry.name, seed):
             continue
-        own = recipe if entry.batch_size is None else replace(recipe, batch_size=entry.batch_size)
-        run, trainer = train(entry.variant, own, tokens, seed)
+        run, trainers[entry.name] = task.train(entry, seed)
         found.data["runs"].append(slim(run.to_dict()))
         found.save()
-        if entry.batch_size is None:
-            trainers[name] = trainer
     if rounds and DENSE in trainers:
         found.data["step_seconds"] = interleave(trainers, rounds)
         found.save()
@@ -193,74 +185,77 @@ def slim(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def present(found: Found) -> None:
-    """The table, and where the numbers are."""
+    """The table, the figure, and where the numbers are."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
-    for heading in (
-        "seeds",
-        "accuracy %",
-        "loss",
-        "training\nFLOPs",
-        "step ×",
-        "at equal\ntime %",
-        "to dense's",
-    ):
+    headings = ["seeds", "accuracy %", "loss", "training\nFLOPs", "step ×", f"{found.goal} at\nequal time"]
+    for heading in (*headings, "to dense's"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name in found.names:
-        summary = summarise(found, name)
+    found.data["summary"] = {name: summarise(found, name) for name in found.names}
+    for name, summary in found.data["summary"].items():
         table.add_row(
             name,
             str(summary["seeds"]),
             f"{100 * summary['accuracy']:.1f} ± {100 * summary['accuracy_std']:.1f}",
-            f"{summary['loss']:.3f}",
-            "–" if summary["flops"] is None else f"{summary['flops']:.0%}",
+            f"{summary['loss']:.3f} ± {summary['loss_std']:.3f}",
             *(
                 "–" if value is None else form.format(value)
                 for value, form in (
+                    (summary["flops"], "{:.0%}"),
                     (summary["speedup"], "{:.2f}"),
-                    (summary["accuracy_at_equal_time"], "{:.1%}"),
+                    (summary["at_equal_time"], "{:.3f}"),
                     (summary["time_to_dense"], "{:.2f}"),
                 )
             ),
         )
-    found.data["summary"] = {name: summarise(found, name) for name in found.names}
     found.save()
     console.print(table)
     console.print(
         "mean ± standard deviation over seeds. training FLOPs: of all linears and attentions, dense = 100 %. "
-        "at equal time: accuracy on the curve's texts when the fastest method had ended. to dense's: share "
-        "of the dense run's time after which the mean curve reached the dense run's last accuracy.",
+        f"at equal time: {found.goal} on the curve's samples when the fastest method had ended. to dense's: "
+        f"share of the dense run's time after which the mean curve reached its last {found.goal}.",
         style="dim",
         soft_wrap=True,
     )
-    console.print(f"written to {found.path}")
+    figure = found.path.with_suffix(".png")
+    quality_plot.draw(
+        {name: curves(found, name) for name in found.names},
+        {name: speedup(found, name) for name in found.names},
+        goal=found.goal,
+        path=figure,
+    )
+    console.print(f"written to {found.path} and {figure}", soft_wrap=True)
 
 
 def summarise(found: Found, name: str) -> dict[str, Any]:
     """Means over the seeds of one method, and how it compares with dense on a common clock."""
     runs = found.of(name)
-    accuracies = [run["accuracy"] for run in runs]
     totals = [run["totals"] for run in runs if run["totals"]]
     speeds = {other: speedup(found, other) for other in found.names}
-    speed, fastest = speeds[name], max((s for s in speeds.values() if s), default=None)
-    curve = mean_curve(runs)
-    dense = mean_curve(found.of(DENSE))
+    curve, dense = mean_curve(found, name), mean_curve(found, DENSE)
+    speed = speeds[name]
     at_equal = reached = None
-    if speed is not None and fastest is not None:
+    if speed is not None:
         # Time in units of dense steps: step / speed-up.
-        at_equal = last_before(curve, dense[-1][0] / fastest * speed)
-        first = next((x for x, y in curve if y >= dense[-1][1]), None)
+        ends = [mean_curve(found, other)[-1][0] / by for other, by in speeds.items() if by]
+        at_equal = last_before(curve, min(ends) * speed)
+        sign = -1 if found.goal == "loss" else 1
+        first = next((x for x, y in curve if sign * y >= sign * dense[-1][1]), None)
         reached = None if first is None else first / speed / dense[-1][0]
     return {
         "seeds": len(runs),
-        "accuracy": statistics.fmean(accuracies),
-        "accuracy_std": statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
-        "loss": statistics.fmean(run["loss"] for run in runs),
+        **mean_and_std("accuracy", [run["accuracy"] for run in runs]),
+        **mean_and_std("loss", [run["loss"] for run in runs]),
         "flops": statistics.fmean(t["flops"] / t["flops_dense"] for t in totals) if totals else None,
         "speedup": speed,
-        "accuracy_at_equal_time": at_equal,
+        "at_equal_time": at_equal,
         "time_to_dense": reached,
     }
+
+
+def mean_and_std(name: str, values: list[float]) -> dict[str, float]:
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {name: statistics.fmean(values), f"{name}_std": std}
 
 
 def speedup(found: Found, name: str) -> float | None:
@@ -271,14 +266,19 @@ def speedup(found: Found, name: str) -> float | None:
     return statistics.median(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True))
 
 
-def mean_curve(runs: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, accuracy) averaged over the seeds; all evaluate at the same steps."""
-    curves = zip(*(run["curve"] for run in runs), strict=True)
-    return [(points[0]["step"], statistics.fmean(p["accuracy"] for p in points)) for points in curves]
+def curves(found: Found, name: str) -> list[list[tuple[int, float]]]:
+    """(step, what is judged) of every seed."""
+    return [[(point["step"], point[found.goal]) for point in run["curve"]] for run in found.of(name)]
+
+
+def mean_curve(found: Found, name: str) -> list[tuple[int, float]]:
+    """(step, what is judged) averaged over the seeds; all evaluate at the same steps."""
+    points = zip(*curves(found, name), strict=True)
+    return [(group[0][0], statistics.fmean(y for _, y in group)) for group in points]
 
 
 def last_before(curve: list[tuple[int, float]], step: float) -> float | None:
-    """The last accuracy of a curve at or before a step."""
+    """The last value of a curve at or before a step."""
     return next((y for x, y in reversed(curve) if x <= step + 0.5), None)
 
 

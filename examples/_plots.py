@@ -1,11 +1,11 @@
-"""The figure of the example: loss and accuracy, against epochs and against the clock."""
+"""The figure of an example: loss and accuracy, against epochs or steps and against the clock."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from _results import BASELINE, Results
 from _runs import Point, Run
@@ -19,20 +19,24 @@ EXACT_COLOUR = "#0072b2"
 RATIO_COLOURS = ("#e69f00", "#d55e00", "#cc79a7", "#7b3294", "#009e73", "#56b4e9")
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: Results, path: Path, title: str, across: Literal["epochs", "steps"] = "epochs") -> None:
     """Write the four panels to `path`; several seeds show as their mean with a band of one deviation."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     colours = _colours(results.names)
+
+    def position(point: Point) -> float:
+        return point.epoch if across == "epochs" else point.step
+
     for name in results.names:
         label = _label(results, name)
         for row, value in enumerate((lambda p: p.loss, lambda p: p.accuracy)):
-            _line(axes[row][0], results.of(name), lambda p: p.epoch, value, colours[name], label)
+            _line(axes[row][0], results.of(name), position, value, colours[name], label)
             _line(axes[row][1], results.of(name), lambda p: p.seconds, value, colours[name], label)
     axes[0][0].set_ylabel("held-out loss")
     axes[1][0].set_ylabel("held-out accuracy")
     axes[1][0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes[1][0].set_xlabel("epochs")
+    axes[1][0].set_xlabel(across)
     axes[1][1].set_xlabel("wall-clock, seconds of training steps")
     for ax in axes.flat:
         ax.grid(color="#e4e4e4", linewidth=0.8)
@@ -42,7 +46,7 @@ def draw(results: Results, path: Path) -> None:
     axes[0][0].legend(
         title="run (speed-up of a step)", frameon=False, fontsize="small", title_fontsize="small"
     )
-    figure.suptitle(_title(results), fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
@@ -78,12 +82,3 @@ def _colours(names: list[str]) -> dict[str, str]:
 def _label(results: Results, name: str) -> str:
     speedup = results.speedup(name)
     return name if speedup is None or name == BASELINE else f"{name} ({speedup:.2f}×)"
-
-
-def _title(results: Results) -> str:
-    s = results.settings
-    seeds = "1 seed" if s["seeds"] == 1 else f"{s['seeds']} seeds, mean ± standard deviation"
-    return (
-        f"{s['model']} on {s['dataset']}: batch {s['batch_size']} × {s['max_length']} tokens, "
-        f"{s['padding']} padding, {s['train_samples']:,} training texts, {seeds}"
-    )

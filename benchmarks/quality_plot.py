@@ -1,0 +1,54 @@
+"""The figure of quality.py: what a run is judged by, against steps and on a common clock."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[int, float]]  # (step, value)
+
+COLOURS = ("#333333", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9", "#7b3294")
+
+
+def draw(
+    curves: Mapping[str, Sequence[Curve]], speeds: Mapping[str, float | None], *, goal: str, path: Path
+) -> None:
+    """Write the figure; several seeds show as their mean with a band of one deviation.
+
+    Args:
+        curves: of each method, one for each seed, all at the same steps.
+        speeds: how many times faster than dense a step is; None where that was not measured, and the method
+            is then missing on the clock.
+    """
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, (name, seeds) in enumerate(curves.items()):
+        colour, speed = COLOURS[number % len(COLOURS)], speeds[name]
+        _line(left, seeds, 1.0, colour, name)
+        if speed is not None:
+            _line(right, seeds, speed, colour, f"{name} ({speed:.2f}×)")
+    left.set_ylabel(f"held-out {goal}")
+    left.set_xlabel("steps")
+    right.set_xlabel("wall-clock, in dense steps")
+    for axes in (left, right):
+        axes.grid(color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _line(axes: Axes, seeds: Sequence[Curve], speed: float, colour: str, label: str) -> None:
+    across = [step / speed for step, _ in seeds[0]]
+    values = [[y for _, y in points] for points in zip(*seeds, strict=True)]
+    means = [statistics.fmean(group) for group in values]
+    axes.plot(across, means, color=colour, label=label, marker="o", markersize=3, linewidth=1.6)
+    if len(seeds) > 1:
+        spread = [statistics.stdev(group) for group in values]
+        low = [mean - s for mean, s in zip(means, spread, strict=True)]
+        high = [mean + s for mean, s in zip(means, spread, strict=True)]
+        axes.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
