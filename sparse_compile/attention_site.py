@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sparse_compile.kernels import attention as kernel
 from sparse_compile.memory import Memories, Use
-from sparse_compile.methods import attention, exact
+from sparse_compile.methods import attention, exact, fidelity
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.site import Site
+from sparse_compile.telemetry import Observed, Telemetry
 
 
 class AttentionSite(Site):
@@ -71,6 +72,9 @@ class AttentionSite(Site):
             groups = kernel.groups(rows.computed)
             self._count(0 if live is None else self._rows - int(live.sum()), _rows_in(groups), forward)
             gradients = attention.fill_in(forward.backward_of_rows(do, groups), rows, means)
+            if telemetry := self.watched():
+                kept = rows.computed[:, None, :, None]
+                self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
         if self._memories.due(use, method.refresh_every):
             sample = self._sample(method, use)
             means = attention.means_for_rows(do, gradients, sample)
@@ -85,9 +89,28 @@ class AttentionSite(Site):
         gradients, ds = attention.by_elements(do, written_out, means, method, live)
         self._count(0, self._rows, forward)
         if self._memories.due(use, method.refresh_every):
-            means = attention.means_for_elements(do, ds, written_out, self._sample(method, use))
-            self._memories.remember(use, means, sizes=(self.shape[2], forward.keys))
-        return forward.like_gradients(gradients)
+            renewed = attention.means_for_elements(do, ds, written_out, self._sample(method, use))
+            self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
+        gradients = forward.like_gradients(gradients)
+        if means is not None and (telemetry := self.watched()):
+            for_da, for_dv = attention.kept_entries(do, means, method, live)
+            self._observe(telemetry, do, forward, gradients, (for_da, for_da, for_dv))
+        return gradients
+
+    def _observe(
+        self,
+        telemetry: Telemetry,
+        do: Tensor,
+        forward: kernel.Forward,
+        gradients: kernel.Gradients,
+        kept: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Compare gradients with those of the whole of dO; ``kept`` is what each of them takes from it."""
+        whole = zip(("dQ", "dK", "dV"), gradients, forward.backward(do), kept, strict=True)
+        seen = {
+            name: Observed(some, exact, fidelity.energy_in(do, part)) for name, some, exact, part in whole
+        }
+        telemetry.observe(self.name, self.method, seen)
 
     def _sample(self, method: Reuse, use: Use) -> int | None:
         if method.source == "mean":

@@ -11,7 +11,7 @@ from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Memory, Use
-from sparse_compile.methods import exact, reuse, sample
+from sparse_compile.methods import exact, fidelity, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows
 from sparse_compile.phases import parse_n_m
 from sparse_compile.schedule import Phase
@@ -19,6 +19,7 @@ from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
+from sparse_compile.telemetry import Observed, Telemetry
 
 # Estimates of dY, the one that dX and the one that dW is computed from.
 Estimates = tuple[Estimate, Estimate]
@@ -86,6 +87,8 @@ class LinearSite(Site):
         dx, dw = multiply(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
         if self._device is not None:
             self.kernel = self._device.kernel
+        if telemetry := self.watched():
+            self._observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
         if measured and x is not None and dw is not None:
             self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
@@ -173,6 +176,28 @@ class LinearSite(Site):
             return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
         return zero, (for_dx, for_dw)
 
+    def _observe(
+        self,
+        telemetry: Telemetry,
+        dy: Tensor,
+        x: Tensor | None,
+        w: Tensor | None,
+        estimates: Estimates,
+        found: tuple[kernel.DistinctRows | None, Tensor | None],
+        dw_transposed: bool,
+    ) -> None:
+        """Compare what was found by ``estimates`` that are not exact with the products of the whole of dY,
+        which are ATen's on every device."""
+        (for_dx, for_dw), (dx, dw) = estimates, found
+        seen = {}
+        if dx is not None and w is not None and not _is_exact(for_dx, dy):
+            rows, index = dx
+            seen["dX"] = Observed(rows[index], dy @ w, fidelity.energy_kept(dy, for_dx))
+        if dw is not None and x is not None and not _is_exact(for_dw, dy):
+            whole = kernel.weight_gradient(dy, x, transposed=dw_transposed)
+            seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
+        telemetry.observe(self.name, self.method, seen)
+
     def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None) -> None:
         n, inputs, outputs = self.shape
         # Rows that the device alone has counted are taken as computed here, and taken off by settle().
@@ -205,6 +230,10 @@ class LinearSite(Site):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state)
         self._draws = state.get("draws", 0)
+
+
+def _is_exact(estimate: Estimate, dy: Tensor) -> bool:
+    return estimate.exact if isinstance(estimate, Rows) else estimate is dy
 
 
 def _reuse_estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | None) -> Estimates:

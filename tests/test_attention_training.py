@@ -11,7 +11,7 @@ from attention_reference import FEATURES, TOKENS, Model, chain, fused, reference
 from reference import Recipe, assert_same_gradients, same
 from torch import Tensor
 
-from sparse_compile import Reuse, Schedule, SparseBackend, sparse_backend
+from sparse_compile import Monitor, Reuse, Schedule, SparseBackend, sparse_backend
 
 # One padded sample, with three keys. With two, both entries of a row of dS are of one size; where a key is
 # padding in two samples, R is the base's in both: the largest entries would then be a matter of choice.
@@ -40,10 +40,10 @@ def gradients(model: torch.nn.Module, run: Any, data: tuple[Tensor, Tensor, Tens
 class Training:
     """A compiled model and its reference, each with its optimizer."""
 
-    def __init__(self, core: Any, schedule: Schedule, recipe: Recipe) -> None:
+    def __init__(self, core: Any, schedule: Schedule, recipe: Recipe, monitor: Monitor | None = None) -> None:
         self.model = Model(core).double()
         self.reference = reference_of(self.model, recipe)
-        self.backend = sparse_backend(schedule, compiler="aot_eager")
+        self.backend = sparse_backend(schedule, compiler="aot_eager", monitor=monitor)
         self.compiled = torch.compile(self.model, backend=self.backend)
         self.optimizers = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (self.model, self.reference)]
 

@@ -127,6 +127,16 @@ def by_elements(
     return (dq, for_dk.mT @ q + means["dk"] * attended, dv), ds
 
 
+def kept_entries(do: Tensor, means: Means, method: Reuse, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which entries of dO :func:`by_elements` takes as they are, for dA' (and so dQ and dK) and for dV: bool
+    [B, H, T, D] each. Of rows that are zero it is not said."""
+    residual = do - means["do"]
+    if live is not None:
+        residual = torch.where(live[:, None, :, None], residual, torch.zeros_like(residual))
+    for_da, for_dv = ((some != 0) | (residual == 0) for some in _largest(residual, method))
+    return for_da, for_dv
+
+
 def means_for_elements(do: Tensor, ds: Tensor, f: WrittenOut, sample: int | None) -> Means:
     """dŌ, dS̄ and the four products of means that later backwards add; ``sample`` as above."""
     a, o, s, q, k, v = (_one(x, sample) for x in (f.dropped, do, ds, f.q, f.k, f.v))

@@ -43,6 +43,12 @@ class Rows:
         """Whether most of ``kept`` may be beyond the count: a buffer for all rows that are not zero."""
         return self.slot is not None
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was dropped but what adds nothing. (Rows drawn at random have a scale, and those
+        that reuse chooses a base.)"""
+        return self.base is None and self.scale is None
+
     def dense(self, dy: Tensor) -> Tensor:
         """Ŷ written out, [N, O]."""
         estimate = torch.zeros_like(dy)
