@@ -125,8 +125,8 @@ class _InOrder:
 
 def _flips(record: Record, k: int, draw: sample.Draw) -> Tensor:
     p = sample.probabilities(_scores(record.dy, record.x), k)
-    order = draw.order(2**20)[: len(p)].double() / 2**20  # uniform numbers of the draw's own
-    kept = (order < p).nonzero().squeeze(1)
+    uniform = torch.tensor([draw.start() for _ in range(len(p))], dtype=p.dtype)
+    kept = (uniform < p).nonzero().squeeze(1)
     return _product(record.dy, record.x, kept, 1 / p[kept])
 
 
