@@ -24,9 +24,6 @@ from sparse_compile.telemetry import Observed, Telemetry
 # Estimates of dY, the one that dX and the one that dW is computed from.
 Estimates = tuple[Estimate, Estimate]
 
-# Beyond this share of the rows, writing the estimate out and multiplying it whole is as cheap.
-_DENSE_SHARE = 0.9
-
 
 class LinearSite(Site):
     """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O)."""
@@ -248,7 +245,7 @@ def _reuse_estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | Non
             reuse.n_of_m(dy, base, n, m, live, dim=0),
         )
     rows = reuse.rows(dy, base, method.keep, live)
-    if rows.computed > _DENSE_SHARE * len(dy):
+    if rows.computed > kernel.DENSE_SHARE * len(dy):
         estimate = rows.dense(dy)
         return estimate, estimate
     return rows, rows
