@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparse_compile.methods import reuse, sample, vcas
+from sparse_compile.methods.rows import number_kept
 
 CLIPS = (1.5, 2.0, 3.0, 5.0)
 
@@ -209,7 +210,7 @@ def _errors(records: list[Record], share: float, estimator: Estimator, draws: in
     bias = variance = 0.0
     for number, record in enumerate(records):
         truth = record.dy.t() @ record.x
-        k = sample.count(share, len(record.dy))
+        k = number_kept(share, len(record.dy))
         mean = torch.zeros_like(truth)
         squares = []
         for draw in range(draws):

@@ -20,7 +20,7 @@ from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.later import Later
 from sparse_compile.methods import on_device as methods
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.rows import Estimate, Rows, number_kept
 from sparse_compile.methods.sample import Draw
 from sparse_compile.settings.reuse import Reuse
 
@@ -81,7 +81,7 @@ class DeviceLinear:
 
     def can_reuse(self, dy: Tensor, base: Tensor, method: Reuse) -> bool:
         """Whether ``method`` keeps whole rows, and few enough of them."""
-        computed = max(1, round(method.keep * len(dy))) + len(base)
+        computed = number_kept(method.keep, len(dy)) + len(base)
         return method.granularity == "row" and computed <= aten.DENSE_SHARE * len(dy)
 
     def reuse(self, dy: Tensor, base: Tensor, keep: float) -> Rows:

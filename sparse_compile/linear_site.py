@@ -12,7 +12,7 @@ from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
 from sparse_compile.phases import parse_n_m
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
@@ -147,7 +147,7 @@ class LinearSite(Site):
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
         choose = sample.rows
         if self._device is None:
-            norms = torch.linalg.vector_norm(dy, dim=1, dtype=sample.wide(dy.dtype))
+            norms = torch.linalg.vector_norm(dy, dim=1, dtype=wide(dy.dtype))
             if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
                 return 0, (dy, dy)
             live = int(norms.count_nonzero())
@@ -158,9 +158,9 @@ class LinearSite(Site):
         if isinstance(method, Adaptive):
             if self._device is not None:
                 live = int(norms.count_nonzero())  # the one count that a GPU is waited for
-            k, gradients, clip = sample.count(self._share(method), live), "weight", None
+            k, gradients, clip = number_kept(self._share(method), live), "weight", None
         else:
-            k, gradients, clip = sample.count(self._share(method), len(dy)), method.gradients, method.clip
+            k, gradients, clip = number_kept(self._share(method), len(dy)), method.gradients, method.clip
         for_dx = for_dw = None
         if gradients != "weight":
             for_dx = choose(norms, k, clip, draw)

@@ -35,6 +35,7 @@ from torch import Tensor
 from sparse_compile.kernels.attention import Gradients, WrittenOut
 from sparse_compile.kernels.attention_chain import scores_gradient
 from sparse_compile.methods import exact, reuse
+from sparse_compile.methods.rows import number_kept
 from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.reuse import Reuse
 
@@ -166,7 +167,7 @@ def _largest(residual: Tensor, method: Reuse) -> tuple[Tensor, Tensor]:
         queries = residual.mT
         along_queries = torch.where(reuse.largest_of_neighbours(queries.abs(), n, m), queries, 0)
         return along_last, along_queries.mT
-    kept = residual.abs().flatten().topk(reuse.count(method.keep, residual.numel()), sorted=False).indices
+    kept = residual.abs().flatten().topk(number_kept(method.keep, residual.numel()), sorted=False).indices
     some = torch.zeros_like(residual, memory_format=torch.contiguous_format)
     some.view(-1)[kept] = residual.flatten()[kept]
     return some, some

@@ -61,5 +61,15 @@ class Rows:
         return estimate.index_copy_(0, self.kept, kept)
 
 
+def number_kept(keep: float, total: int) -> int:
+    """How many of ``total`` rows or entries a share is: the nearest number, but at least one."""
+    return max(1, round(keep * total))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and norms of values of this dtype are added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 # An estimate of dY: few distinct rows, or written out, [N, O].
 Estimate = Rows | Tensor
