@@ -22,6 +22,7 @@ class AttentionSite(Site):
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
         self._memories = Memories()
+        self._keys, self._stored = 0, False  # of the last backward
 
     def backward(
         self, do: Tensor, forward: kernel.Forward, *, method: Method | None, use: Use = (0, 0)
@@ -34,7 +35,7 @@ class AttentionSite(Site):
             method: what the schedule says of attentions at this step; None is exact.
             use: whose means are reused.
         """
-        self.shape = forward.shape
+        self.shape, self._keys, self._stored = forward.shape, forward.keys, forward.stored
         if self.left_alone:
             self.method = "dense"
             self._count(0, self._rows, forward)
@@ -43,10 +44,21 @@ class AttentionSite(Site):
         if self.held_back or not isinstance(method, Reuse) or method.keep == 1.0:
             self.method = "exact"
             return self._exact(do, forward, live)
+        if not self._pays(method):
+            self.method = "exact"
+            self._memories.clear()
+            return self._exact(do, forward, live)
         self.method = method.method
         if method.granularity == "row":
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
+
+    def _pays(self, method: Reuse) -> bool:
+        """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
+        save time; they are there for comparisons.)"""
+        return method.granularity != "row" or attention.reuse_pays(
+            method.keep, self._rows, self._keys, self.shape[3], stored=self._stored
+        )
 
     def _exact(self, do: Tensor, forward: kernel.Forward, live: Tensor | None) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -123,9 +135,15 @@ class AttentionSite(Site):
 
     def keep(self, phase: Phase) -> float:
         method = phase.attention
-        if self.left_alone or self.held_back or not isinstance(method, Reuse):
+        if self.left_alone or self.held_back or not isinstance(method, Reuse) or self.note(phase):
             return 1.0
         return round(method.keep, 6)
+
+    def note(self, phase: Phase) -> str:
+        method = phase.attention
+        if not self.shape or not isinstance(method, Reuse) or method.keep == 1.0 or self._pays(method):
+            return ""
+        return "reuse would cost more than it saves at this size and keep: only zero rows are skipped"
 
     def _count(self, zero: int, computed: int, forward: kernel.Forward) -> None:
         _, heads, _, features = self.shape

@@ -270,7 +270,7 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
         kernel=site.kernel,
         keep=site.keep(runtime.clock.phase),
         rewritten=site.left_alone is None,
-        reason=site.left_alone or site.held_back or first.reason,
+        reason=site.left_alone or site.held_back or site.note(runtime.clock.phase) or first.reason,
         rows=done.rows,
         rows_skipped=done.rows_zero,
         rows_computed=done.rows_computed,

@@ -68,6 +68,10 @@ class Site:
         """The share of the output gradient that ``phase`` lets this site compute."""
         raise NotImplementedError
 
+    def note(self, phase: Phase) -> str:
+        """Why what ``phase`` says is not done at the shape of the last backward; empty if it is."""
+        return ""
+
     def watched(self) -> Telemetry | None:
         """The telemetry, if the present backward is to be measured."""
         return self.telemetry if self.telemetry is not None and self.telemetry.due(self.name) else None

@@ -24,6 +24,12 @@ def _seed() -> None:
     torch.manual_seed(3)
 
 
+@pytest.fixture(autouse=True)
+def _reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes like these it would not be done."""
+    monkeypatch.setattr("sparse_compile.methods.attention.reuse_pays", lambda *_, **__: True)
+
+
 def batch(tokens: int = TOKENS, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, the keys that are no padding, and the queries that count in the loss: others have a gradient of
     zero."""

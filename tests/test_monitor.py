@@ -36,6 +36,12 @@ def _seed() -> None:
     torch.manual_seed(3)
 
 
+@pytest.fixture(autouse=True)
+def _reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes like these it would not be done."""
+    monkeypatch.setattr("sparse_compile.methods.attention.reuse_pays", lambda *_, **__: True)
+
+
 def measured(backend: SparseBackend) -> tuple[Measurement, ...]:
     return backend.report().measurements
 

@@ -48,15 +48,18 @@ def skip_pays(skipped: int, rows: int, inputs: int, outputs: int) -> bool:
     return 4 * skipped * inputs * outputs > moved
 
 
-def skip_pays_in_attention(computed: int, rows: int, keys: int, features: int, *, stored: bool) -> bool:
+def skip_pays_in_attention(
+    computed: int, rows: int, keys: int, features: int, *, stored: bool, passes: int = 1
+) -> bool:
     """Whether gathering ``computed`` of all the query rows costs less than computing the others.
 
     Per head: a product has 2 FLOPs for each row, key and feature. There are four, and a fifth where the
     probabilities are not ``stored``. A row that is computed has four times its features moved, and twice its
-    probabilities if those are stored; every row has its features moved once. (Costs as in :func:`skip_pays`.)
+    probabilities if those are stored; every row has its features moved ``passes`` times. (Costs as in
+    :func:`skip_pays`.)
     """
     saved = (8 if stored else 10) * keys * features * (rows - computed)
-    moved = computed * (4 * features + (2 * keys if stored else 0)) + rows * features
+    moved = computed * (4 * features + (2 * keys if stored else 0)) + rows * features * passes
     return saved > 80 * moved
 
 
