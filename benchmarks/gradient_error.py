@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparse_compile.methods import reuse, sample, vcas
+from sparse_compile.methods.rows import number_kept
 
 CLIPS = (1.5, 2.0, 3.0, 5.0)
 
@@ -125,8 +126,8 @@ class _InOrder:
 
 def _flips(record: Record, k: int, draw: sample.Draw) -> Tensor:
     p = sample.probabilities(_scores(record.dy, record.x), k)
-    order = draw.order(2**20)[: len(p)].double() / 2**20  # uniform numbers of the draw's own
-    kept = (order < p).nonzero().squeeze(1)
+    uniform = torch.tensor([draw.start() for _ in range(len(p))], dtype=p.dtype)
+    kept = (uniform < p).nonzero().squeeze(1)
     return _product(record.dy, record.x, kept, 1 / p[kept])
 
 
@@ -209,7 +210,7 @@ def _errors(records: list[Record], share: float, estimator: Estimator, draws: in
     bias = variance = 0.0
     for number, record in enumerate(records):
         truth = record.dy.t() @ record.x
-        k = sample.count(share, len(record.dy))
+        k = number_kept(share, len(record.dy))
         mean = torch.zeros_like(truth)
         squares = []
         for draw in range(draws):

@@ -11,6 +11,7 @@
 from sparse_compile.backend import SparseBackend, default_backend, sparse_backend
 from sparse_compile.report import Report
 from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.settings.monitor import Monitor
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
@@ -18,6 +19,7 @@ from sparse_compile.settings.sample import Sample
 __version__ = "0.1.0"
 
 __all__ = [
+    "Monitor",
     "Phase",
     "PruneSaved",
     "Report",

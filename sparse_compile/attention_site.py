@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sparse_compile.kernels import attention as kernel
 from sparse_compile.memory import Memories, Use
-from sparse_compile.methods import attention, exact
+from sparse_compile.methods import attention, exact, fidelity
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.site import Site
+from sparse_compile.telemetry import Observed, Telemetry
 
 
 class AttentionSite(Site):
@@ -21,6 +22,7 @@ class AttentionSite(Site):
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
         self._memories = Memories()
+        self._keys, self._stored = 0, False  # of the last backward
 
     def backward(
         self, do: Tensor, forward: kernel.Forward, *, method: Method | None, use: Use = (0, 0)
@@ -33,7 +35,7 @@ class AttentionSite(Site):
             method: what the schedule says of attentions at this step; None is exact.
             use: whose means are reused.
         """
-        self.shape = forward.shape
+        self.shape, self._keys, self._stored = forward.shape, forward.keys, forward.stored
         if self.left_alone:
             self.method = "dense"
             self._count(0, self._rows, forward)
@@ -41,11 +43,22 @@ class AttentionSite(Site):
         if self.held_back or not isinstance(method, Reuse) or method.keep == 1.0:
             self.method = "exact"
             return self._exact(do, forward)
+        if not self._pays(method):
+            self.method = "exact"
+            self._memories.clear()
+            return self._exact(do, forward)
         self.method = method.method
         live = exact.live_queries(do)
         if method.granularity == "row":
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
+
+    def _pays(self, method: Reuse) -> bool:
+        """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
+        save time; they are there for comparisons.)"""
+        return method.granularity != "row" or attention.reuse_pays(
+            method.keep, self._rows, self._keys, self.shape[3], stored=self._stored
+        )
 
     def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -73,6 +86,9 @@ class AttentionSite(Site):
             groups = kernel.groups(rows.computed)
             self._count(0 if live is None else self._rows - int(live.sum()), _rows_in(groups), forward)
             gradients = attention.fill_in(forward.backward_of_rows(do, groups), rows, means)
+            if telemetry := self.watched():
+                kept = rows.computed[:, None, :, None]
+                self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
         if self._memories.due(use, method.refresh_every):
             sample = self._sample(method, use)
             means = attention.means_for_rows(do, gradients, sample)
@@ -87,9 +103,28 @@ class AttentionSite(Site):
         gradients, ds = attention.by_elements(do, written_out, means, method, live)
         self._count(0, self._rows, forward)
         if self._memories.due(use, method.refresh_every):
-            means = attention.means_for_elements(do, ds, written_out, self._sample(method, use))
-            self._memories.remember(use, means, sizes=(self.shape[2], forward.keys))
-        return forward.like_gradients(gradients)
+            renewed = attention.means_for_elements(do, ds, written_out, self._sample(method, use))
+            self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
+        gradients = forward.like_gradients(gradients)
+        if means is not None and (telemetry := self.watched()):
+            for_da, for_dv = attention.kept_entries(do, means, method, live)
+            self._observe(telemetry, do, forward, gradients, (for_da, for_da, for_dv))
+        return gradients
+
+    def _observe(
+        self,
+        telemetry: Telemetry,
+        do: Tensor,
+        forward: kernel.Forward,
+        gradients: kernel.Gradients,
+        kept: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Compare gradients with those of the whole of dO; ``kept`` is what each of them takes from it."""
+        whole = zip(("dQ", "dK", "dV"), gradients, forward.backward(do), kept, strict=True)
+        seen = {
+            name: Observed(some, exact, fidelity.energy_in(do, part)) for name, some, exact, part in whole
+        }
+        telemetry.observe(self.name, self.method, seen)
 
     def _sample(self, method: Reuse, use: Use) -> int | None:
         if method.source == "mean":
@@ -102,9 +137,15 @@ class AttentionSite(Site):
 
     def keep(self, phase: Phase) -> float:
         method = phase.attention
-        if self.left_alone or self.held_back or not isinstance(method, Reuse):
+        if self.left_alone or self.held_back or not isinstance(method, Reuse) or self.note(phase):
             return 1.0
         return round(method.keep, 6)
+
+    def note(self, phase: Phase) -> str:
+        method = phase.attention
+        if not self.shape or not isinstance(method, Reuse) or method.keep == 1.0 or self._pays(method):
+            return ""
+        return "reuse would cost more than it saves at this size and keep: only zero rows are skipped"
 
     def _count(self, zero: int, computed: int, forward: kernel.Forward) -> None:
         _, heads, _, features = self.shape

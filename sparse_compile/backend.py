@@ -23,6 +23,7 @@ from sparse_compile.passes import graph as graph_tools
 from sparse_compile.report import Report, make_report
 from sparse_compile.runtime import Runtime
 from sparse_compile.schedule import Schedule
+from sparse_compile.settings.monitor import Monitor
 
 COMPILERS = ("inductor", "aot_eager")
 
@@ -45,12 +46,19 @@ class SparseBackend:
         graphs: with ``debug``, the joint graphs before and after the rewrite, in order of compilation.
     """
 
-    def __init__(self, schedule: Schedule, *, debug: bool | str | os.PathLike[str], compiler: str) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        debug: bool | str | os.PathLike[str],
+        compiler: str,
+        monitor: Monitor | None,
+    ) -> None:
         self.schedule = schedule
         self.graphs: list[GraphDump] = []
         self._debug = debug
         self._compiler = compiler
-        self._runtime = Runtime(schedule, seed=torch.initial_seed())
+        self._runtime = Runtime(schedule, seed=torch.initial_seed(), monitor=monitor)
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._said_nothing_found = False
 
@@ -190,7 +198,11 @@ class SparseBackend:
 
 
 def sparse_backend(
-    schedule: Schedule, *, debug: bool | str | os.PathLike[str] = False, compiler: str = "inductor"
+    schedule: Schedule,
+    *,
+    debug: bool | str | os.PathLike[str] = False,
+    compiler: str = "inductor",
+    monitor: Monitor | None = None,
 ) -> SparseBackend:
     """A backend for ``torch.compile`` that does not compute the part of the gradient that does not matter.
 
@@ -205,9 +217,12 @@ def sparse_backend(
             them as artifacts where ``TORCH_TRACE`` is set (tlparse shows them); a path also writes them
             into that folder. Compile caches are not used then.
         compiler: ``"inductor"``, or ``"aot_eager"`` to run the rewritten graphs without Inductor.
+        monitor: how often the approximate gradients are compared with the dense ones, for
+            ``backend.report().measurements``; None is never. The gradients are the same either way.
 
     Raises:
-        ValueError: ``schedule`` is not a Schedule, or ``compiler`` is not one of the two.
+        ValueError: ``schedule`` is not a Schedule, ``compiler`` is not one of the two, or ``monitor`` is
+            neither a Monitor nor None.
     """
     if not isinstance(schedule, Schedule):
         raise ValueError(
@@ -215,7 +230,11 @@ def sparse_backend(
         )
     if compiler not in COMPILERS:
         raise ValueError(f"compiler is {compiler!r}; allowed is {' or '.join(map(repr, COMPILERS))}.")
-    return SparseBackend(schedule, debug=debug, compiler=compiler)
+    if monitor is not None and not isinstance(monitor, Monitor):
+        raise ValueError(
+            f"monitor is {monitor!r}; allowed is None or a sparse_compile.Monitor, e.g. Monitor(every=250)."
+        )
+    return SparseBackend(schedule, debug=debug, compiler=compiler, monitor=monitor)
 
 
 # What torch.compile(model, backend="sparse_compile") uses, through the torch_dynamo_backends entry point.

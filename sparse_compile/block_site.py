@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_compile.memory import Use
 from sparse_compile.methods import sample
+from sparse_compile.methods.rows import number_kept
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.sample import Sample
@@ -44,7 +45,7 @@ class BlockSite(Site):
             elif share < 1.0:
                 self.method = phase.blocks.method
                 clip = phase.blocks.clip if isinstance(phase.blocks, Sample) else None
-                kept = sample.rows(norms, sample.count(share, len(norms)), clip, draw)
+                kept = sample.rows(norms, number_kept(share, len(norms)), clip, draw)
                 computed = kept.computed
                 weights = torch.zeros_like(squares)
                 weights[kept.kept] = 1.0 if kept.scale is None else kept.scale.to(weights)

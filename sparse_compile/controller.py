@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.methods import sample, vcas
+from sparse_compile.methods.rows import number_kept, wide
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.adaptive import Adaptive
 
@@ -92,7 +93,7 @@ class Controller:
         """The gradient norms behind a block, [B]. Only the first batch of a step is looked at."""
         if self.blocks is None or self._seen(name, self._seen_blocks) or not bool(norms.any()):
             return
-        k = sample.count(self.sample_share(name), len(norms))
+        k = number_kept(self.sample_share(name), len(norms))
         p = sample.probabilities(norms, k)
         weights = torch.zeros_like(p)
         kept = sample.systematic(p, min(k, int((p > 0).sum())), draw)
@@ -104,8 +105,8 @@ class Controller:
         samples = len(dy) // tokens
         if self._seen(name, self._seen_weights) or samples < 2 or len(dy) % tokens:
             return
-        wide = sample.wide(dy.dtype)
-        dy, x, dw = dy.to(wide), x.to(wide), dw.to(wide)
+        dtype = wide(dy.dtype)
+        dy, x, dw = dy.to(dtype), x.to(dtype), dw.to(dtype)
         squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1))
         total = float(dw.square().sum())
         if not math.isfinite(total) or not bool(squares.isfinite().all()):
@@ -144,7 +145,7 @@ class Controller:
             return 0.0, 1.0
 
         def p(share: float) -> Tensor:
-            return sample.probabilities(squares.sqrt(), sample.count(share, live))
+            return sample.probabilities(squares.sqrt(), number_kept(share, live))
 
         rows = vcas.sampling_variance(squares, p(self.row_share(name)), dy, x)
         share = 1.0
@@ -229,7 +230,7 @@ class Controller:
 def _dropping(blocks: dict[str, Block], weights: list[Weight], shares: dict[str, float]) -> float:
     """The variance that dropping samples down to ``shares`` would add to all weights, at most."""
     p = {
-        name: sample.probabilities(block.norms, sample.count(shares[name], len(block.norms)))
+        name: sample.probabilities(block.norms, number_kept(shares[name], len(block.norms)))
         for name, block in blocks.items()
     }
     return sum(

@@ -20,7 +20,7 @@ from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.later import Later
 from sparse_compile.methods import on_device as methods
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.rows import Estimate, Rows, number_kept
 from sparse_compile.methods.sample import Draw
 from sparse_compile.settings.reuse import Reuse
 
@@ -31,8 +31,6 @@ _WORTH_LOOKING = 4e9
 # Backwards between two looks, at most. A look costs about 10 µs where a 1024 × 1024 layer of 16 k tokens
 # takes 100 (an estimate from bandwidths and launches, not a measurement).
 _LONGEST_PAUSE = 15
-# Beyond this share of the rows, writing the estimate out and multiplying it whole is as cheap.
-_DENSE_SHARE = 0.9
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,8 +81,8 @@ class DeviceLinear:
 
     def can_reuse(self, dy: Tensor, base: Tensor, method: Reuse) -> bool:
         """Whether ``method`` keeps whole rows, and few enough of them."""
-        computed = max(1, round(method.keep * len(dy))) + len(base)
-        return method.granularity == "row" and computed <= _DENSE_SHARE * len(dy)
+        computed = number_kept(method.keep, len(dy)) + len(base)
+        return method.granularity == "row" and computed <= aten.DENSE_SHARE * len(dy)
 
     def reuse(self, dy: Tensor, base: Tensor, keep: float) -> Rows:
         """Rows of dY [N, O] by the norm of their residual; see ``methods/reuse.py``."""

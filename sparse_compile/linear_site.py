@@ -11,20 +11,18 @@ from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Memory, Use
-from sparse_compile.methods import exact, reuse, sample
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods import exact, fidelity, reuse, sample
+from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
 from sparse_compile.phases import parse_n_m
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
+from sparse_compile.telemetry import Observed, Telemetry
 
 # Estimates of dY, the one that dX and the one that dW is computed from.
 Estimates = tuple[Estimate, Estimate]
-
-# Beyond this share of the rows, writing the estimate out and multiplying it whole is as cheap.
-_DENSE_SHARE = 0.9
 
 
 class LinearSite(Site):
@@ -86,6 +84,8 @@ class LinearSite(Site):
         dx, dw = multiply(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
         if self._device is not None:
             self.kernel = self._device.kernel
+        if telemetry := self.watched():
+            self._observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
         if measured and x is not None and dw is not None:
             self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
@@ -140,7 +140,7 @@ class LinearSite(Site):
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
         choose = sample.rows
         if self._device is None:
-            norms = torch.linalg.vector_norm(dy, dim=1, dtype=sample.wide(dy.dtype))
+            norms = torch.linalg.vector_norm(dy, dim=1, dtype=wide(dy.dtype))
             if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
                 return 0, (dy, dy)
             live = int(norms.count_nonzero())
@@ -151,9 +151,9 @@ class LinearSite(Site):
         if isinstance(method, Adaptive):
             if self._device is not None:
                 live = int(norms.count_nonzero())  # the one count that a GPU is waited for
-            k, gradients, clip = sample.count(self._share(method), live), "weight", None
+            k, gradients, clip = number_kept(self._share(method), live), "weight", None
         else:
-            k, gradients, clip = sample.count(self._share(method), len(dy)), method.gradients, method.clip
+            k, gradients, clip = number_kept(self._share(method), len(dy)), method.gradients, method.clip
         for_dx = for_dw = None
         if gradients != "weight":
             for_dx = choose(norms, k, clip, draw)
@@ -165,6 +165,28 @@ class LinearSite(Site):
             _, (exactly, _) = self._exactly(dy) if zero or self._device else (0, (dy, dy))
             return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
         return zero, (for_dx, for_dw)
+
+    def _observe(
+        self,
+        telemetry: Telemetry,
+        dy: Tensor,
+        x: Tensor | None,
+        w: Tensor | None,
+        estimates: Estimates,
+        found: tuple[kernel.DistinctRows | None, Tensor | None],
+        dw_transposed: bool,
+    ) -> None:
+        """Compare what was found by ``estimates`` that are not exact with the products of the whole of dY,
+        which are ATen's on every device."""
+        (for_dx, for_dw), (dx, dw) = estimates, found
+        seen = {}
+        if dx is not None and w is not None and not _is_exact(for_dx, dy):
+            rows, index = dx
+            seen["dX"] = Observed(rows[index], dy @ w, fidelity.energy_kept(dy, for_dx))
+        if dw is not None and x is not None and not _is_exact(for_dw, dy):
+            whole = kernel.weight_gradient(dy, x, transposed=dw_transposed)
+            seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
+        telemetry.observe(self.name, self.method, seen)
 
     def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None) -> None:
         n, inputs, outputs = self.shape
@@ -200,6 +222,10 @@ class LinearSite(Site):
         self._draws = state.get("draws", 0)
 
 
+def _is_exact(estimate: Estimate, dy: Tensor) -> bool:
+    return estimate.exact if isinstance(estimate, Rows) else estimate is dy
+
+
 def _reuse_estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | None) -> Estimates:
     ratio = method.phases[0][0]
     if method.granularity == "element":
@@ -212,7 +238,7 @@ def _reuse_estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | Non
             reuse.n_of_m(dy, base, n, m, live, dim=0),
         )
     rows = reuse.rows(dy, base, method.keep, live)
-    if rows.computed > _DENSE_SHARE * len(dy):
+    if rows.computed > kernel.DENSE_SHARE * len(dy):
         estimate = rows.dense(dy)
         return estimate, estimate
     return rows, rows

@@ -10,11 +10,11 @@ import dataclasses
 import random
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_compile.later import Later
 from sparse_compile.methods import reuse
+from sparse_compile.methods.rows import wide
 
 Use = tuple[int, int]  # which use of the layer in one forward, and which of the forwards now in flight
 
@@ -69,7 +69,7 @@ class Memory:
         self._refreshes += 1
         value = reuse.next_base(dy, tokens, sample)
         # The sum is finite if all are (added up in float32: 0.04 ms where isfinite().all() takes 0.6).
-        finite = value.sum(dtype=_wide(value)).isfinite()
+        finite = value.sum(dtype=wide(value.dtype)).isfinite()
         if value.is_cuda:
             self._bases[use] = Base(value, finite=Later(finite))
         elif bool(finite):
@@ -128,7 +128,7 @@ class Memories:
 
     def remember(self, use: Use, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
         """Remember ``tensors`` if they are finite, else nothing."""
-        if all(bool(tensor.sum(dtype=_wide(tensor)).isfinite()) for tensor in tensors.values()):
+        if all(bool(tensor.sum(dtype=wide(tensor.dtype)).isfinite()) for tensor in tensors.values()):
             self._snapshots[use] = Snapshot(tensors, sizes)
         else:
             self._snapshots.pop(use, None)
@@ -154,7 +154,3 @@ class Memories:
             call, lane = key.split("/")
             copies = {name: tensor.clone() for name, tensor in tensors.items()}
             self._snapshots[int(call), int(lane)] = Snapshot(copies, tuple(sizes), age)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

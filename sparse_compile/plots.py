@@ -1,4 +1,5 @@
-"""What adaptive sampling did in the course of training, as a figure. Needs matplotlib."""
+"""What adaptive sampling did and what a monitor measured in the course of training, as figures. They need
+matplotlib."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from sparse_compile.checks import listed, one_of, wrong
+from sparse_compile.measurements import VALUES
 from sparse_compile.report import Report
 
 
@@ -47,6 +50,50 @@ def plot_shares(report: Report, path: str | os.PathLike[str]) -> None:
         axes.grid(color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
     figure.savefig(path, dpi=150)
+
+
+def plot_measurements(
+    report: Report, path: str | os.PathLike[str], *, gradient: str = "dW", value: str = "cosine"
+) -> None:
+    """Draw one measured value as a heat map, layers (in the order of the report) over measured steps. What
+    was exact stays blank.
+
+    Args:
+        report: of a backend with a monitor.
+        path: the figure's file; its ending says the format.
+        gradient: ``"dX"`` or ``"dW"`` of linears, ``"dQ"``, ``"dK"`` or ``"dV"`` of attentions.
+        value: ``"cosine"``, ``"relative_error"`` or ``"energy_kept"``.
+
+    Raises:
+        ValueError: ``value`` is not one of the three, or the report has no measurement of ``gradient``.
+    """
+    from matplotlib.figure import Figure
+
+    one_of("value", value, VALUES)
+    rows = [row for row in report.measurements if row.gradient == gradient]
+    if not rows:
+        raise wrong("gradient", gradient, _gradients_in(report))
+    found = {(row.site, row.step): getattr(row, value) for row in rows}
+    steps = sorted({row.step for row in report.measurements})
+    names = [site.name for site in report.sites if any(site.name == row.site for row in rows)]
+    grid = [[found.get((name, step), float("nan")) for step in steps] for name in names]
+
+    figure = Figure(figsize=(9, 1.6 + 0.17 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set_yticks(range(len(names)), names, fontsize="x-small")
+    every = -(-len(steps) // 10)
+    axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
+    axes.set_xlabel("step")
+    axes.set_title(f"{gradient}: {value.replace('_', ' ')}, against the dense gradient", fontsize="medium")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=150)
+
+
+def _gradients_in(report: Report) -> str:
+    """What may be asked for, in a sentence."""
+    names = dict.fromkeys(row.gradient for row in report.measurements)
+    return f"one that was measured: {listed(names) or 'none is, which needs sparse_backend(…, monitor=…)'}"
 
 
 def _colour(position: float) -> Any:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from sparse_compile import naming
+from sparse_compile.measurements import Measurements
 from sparse_compile.schedule import Schedule
 from sparse_compile.site import Site
 from sparse_compile.sites import SAVED_KINDS, SavedRecord, SiteRecord
@@ -102,6 +103,8 @@ class Report:
             by site. Empty for other schedules.
         saved: one for each kind of activation that is packed between forward and backward; empty without
             ``saved_activations``. What is saved as it is (statistics, say) is not counted.
+        measurements: what a monitor found: how far approximate gradients are from the dense ones, with
+            ``to_csv(path)`` and ``to_frame()``. Empty without a monitor.
     """
 
     step: int
@@ -109,6 +112,7 @@ class Report:
     sites: tuple[SiteReport, ...]
     history: tuple[dict[str, Any], ...] = ()
     saved: tuple[SavedReport, ...] = ()
+    measurements: Measurements = dataclasses.field(default_factory=Measurements)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -129,6 +133,7 @@ class Report:
             "totals": self.totals,
             "history": list(self.history),
             "saved": [dataclasses.asdict(kind) for kind in self.saved],
+            "measurements": [dataclasses.asdict(row) for row in self.measurements],
         }
 
     def __str__(self) -> str:
@@ -146,6 +151,8 @@ class Report:
         console.print(table)
         if self.saved:
             console.print(_saved_table(self.saved))
+        if self.measurements:
+            console.print(self.measurements.summary())
         return f"{self._title()}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
 
     def _title(self) -> str:
@@ -212,6 +219,7 @@ def make_report(schedule: Schedule, runtime: Runtime) -> Report:
         sites=sites + _never_compiled(runtime),
         history=tuple(runtime.controller.history),
         saved=saved,
+        measurements=Measurements() if runtime.telemetry is None else runtime.telemetry.measurements(),
     )
 
 
@@ -262,7 +270,7 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
         kernel=site.kernel,
         keep=site.keep(runtime.clock.phase),
         rewritten=site.left_alone is None,
-        reason=site.left_alone or site.held_back or first.reason,
+        reason=site.left_alone or site.held_back or site.note(runtime.clock.phase) or first.reason,
         rows=done.rows,
         rows_skipped=done.rows_zero,
         rows_computed=done.rows_computed,

@@ -32,8 +32,10 @@ from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
 from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.settings.monitor import Monitor
 from sparse_compile.site import Site
 from sparse_compile.sites import SavedRecord, SiteRecord, from_manifest
+from sparse_compile.telemetry import Telemetry
 
 Token = tuple[int, int, int]
 NO_TOKEN: Token = (-1, -1, -1)
@@ -86,14 +88,16 @@ class Runtime:
         schedule: what is to be done when.
         seed: of every random choice; each depends on it, the rank, the site's name and a count, and on
             nothing else.
+        monitor: how often gradients are compared with the dense ones; None is never.
     """
 
-    def __init__(self, schedule: Schedule, seed: int) -> None:
+    def __init__(self, schedule: Schedule, seed: int, monitor: Monitor | None = None) -> None:
         self.id = next(_ids)
         self.schedule = schedule
         self.seed = seed
         self.controller = Controller(schedule)
         self.clock = Clock(schedule, end_of_step=self.controller.end_of_step)
+        self.telemetry = None if monitor is None else Telemetry(monitor.every, self.clock)
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}
         self.saved: dict[str, list[SavedRecord]] = {}
@@ -209,6 +213,7 @@ class Runtime:
             held_back=held_back,
             block=block,
             controller=self.controller,
+            telemetry=self.telemetry,
         )
         if name in self._pending:
             site.load_state_dict(self._pending.pop(name))

@@ -61,6 +61,7 @@ class Schedule:
             the share that is left behind the first block; behind block i of n (from 0) it is
             keep^((n - i)/n).
         attention: the method for attentions, a `Reuse`, with a schedule of its own. None is exact, as above.
+            Rows are reused only where that is faster than to compute all of them; else a step is exact.
         saved_activations: how what is saved for backward is pruned, a `PruneSaved`, in all modules:
             `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
         weight_gradients: only None in this version.

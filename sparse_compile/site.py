@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_compile.controller import Controller
 from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.telemetry import Telemetry
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,6 +34,7 @@ class Site:
         left_alone: why it is to be done densely, or None.
         held_back: why a method of the schedule is not applied and only zero rows are skipped, or None.
         controller: the backend's, which knows the shares of adaptive sampling.
+        telemetry: the backend's, or None: nothing is measured.
         block: (index, count) of the repeated block of the model that it is in, or None.
         shape: as the report gives it, at the last backward; empty before the first.
         method: that of the last backward.
@@ -48,6 +50,7 @@ class Site:
         held_back: str | None = None,
         block: tuple[int, int] | None = None,
         controller: Controller | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.name = name
         self.seed = seed
@@ -55,6 +58,7 @@ class Site:
         self.held_back = held_back
         self.block = block
         self.controller = controller or Controller(Schedule.exact())
+        self.telemetry = telemetry
         self.shape: tuple[int, ...] = ()
         self.method = "dense" if left_alone else "exact"
         self.kernel = ""
@@ -63,6 +67,14 @@ class Site:
     def keep(self, phase: Phase) -> float:
         """The share of the output gradient that ``phase`` lets this site compute."""
         raise NotImplementedError
+
+    def note(self, phase: Phase) -> str:
+        """Why what ``phase`` says is not done at the shape of the last backward; empty if it is."""
+        return ""
+
+    def watched(self) -> Telemetry | None:
+        """The telemetry, if the present backward is to be measured."""
+        return self.telemetry if self.telemetry is not None and self.telemetry.due(self.name) else None
 
     def settle(self) -> None:
         """Bring what is still counted on a device into ``counters``. Waits for the device."""

@@ -22,7 +22,8 @@ TOKENS, FEATURES, HEADS = 6, 8, 2
 
 @dataclasses.dataclass
 class Remembered:
-    """Batch means of an earlier backward, by name, and for how many backwards they have been used."""
+    """Batch means of an earlier backward (or one sample's tensors), by name, and for how many
+    backwards they have been used."""
 
     means: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     age: int = 0
@@ -137,7 +138,8 @@ class _Attention(torch.autograd.Function):
         memory.age = memory.age + 1 if known else 0
         if not known or memory.age >= recipe.refresh_every:
             everything = {"do": do, "a": a, "q": q, "k": k, "v": v, **out}
-            memory.means = {name: x.mean(0) for name, x in everything.items()}
+            chosen = recipe.sample
+            memory.means = {n: x.mean(0) if chosen is None else x[chosen] for n, x in everything.items()}
             memory.age = 0
         return out["dq"], out["dk"], out["dv"], None, None, None
 

@@ -11,7 +11,8 @@ from attention_reference import FEATURES, TOKENS, Model, chain, fused, reference
 from reference import Recipe, assert_same_gradients, same
 from torch import Tensor
 
-from sparse_compile import Reuse, Schedule, SparseBackend, sparse_backend
+from sparse_compile import Monitor, Reuse, Schedule, SparseBackend, sparse_backend
+from sparse_compile.memory import Memories
 
 # One padded sample, with three keys. With two, both entries of a row of dS are of one size; where a key is
 # padding in two samples, R is the base's in both: the largest entries would then be a matter of choice.
@@ -21,6 +22,12 @@ LENGTHS = (6, 6, 3, 6, 6)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(3)
+
+
+@pytest.fixture(autouse=True)
+def _reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes like these it would not be done."""
+    monkeypatch.setattr("sparse_compile.methods.attention.reuse_pays", lambda *_, **__: True)
 
 
 def batch(tokens: int = TOKENS, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,10 +47,10 @@ def gradients(model: torch.nn.Module, run: Any, data: tuple[Tensor, Tensor, Tens
 class Training:
     """A compiled model and its reference, each with its optimizer."""
 
-    def __init__(self, core: Any, schedule: Schedule, recipe: Recipe) -> None:
+    def __init__(self, core: Any, schedule: Schedule, recipe: Recipe, monitor: Monitor | None = None) -> None:
         self.model = Model(core).double()
         self.reference = reference_of(self.model, recipe)
-        self.backend = sparse_backend(schedule, compiler="aot_eager")
+        self.backend = sparse_backend(schedule, compiler="aot_eager", monitor=monitor)
         self.compiled = torch.compile(self.model, backend=self.backend)
         self.optimizers = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (self.model, self.reference)]
 
@@ -82,6 +89,32 @@ def test_reuse(core: Any, refresh_every: int, ratio: float | str, granularity: s
         assert site.rows_computed < 0.6 * 6 * TOKENS * len(LENGTHS)
     # Other lengths: nothing to reuse in that step.
     assert [training.step(batch(tokens=4, lengths=(4, 3, 4, 4))) for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("core", [fused, chain])
+@pytest.mark.parametrize("refresh_every", [1, 2])
+@pytest.mark.parametrize(("ratio", "granularity"), [(0.7, "row"), (0.7, "element"), ("1:4", "n:m")])
+def test_one_sample_stands_in_for_all(
+    core: Any, refresh_every: int, ratio: float | str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draw is the reference's choice here: another sample in each step, the padded one among them."""
+    reuse = Reuse(ratio, granularity=granularity, source="sample", refresh_every=refresh_every)
+    recipe = Recipe((1, 4) if isinstance(ratio, str) else ratio, granularity, refresh_every)
+    monkeypatch.setattr(Memories, "draw", lambda self, samples, seed: recipe.sample)
+    training = Training(core, Schedule(attention=reuse), recipe)
+    for step, recipe.sample in enumerate((3, 2, 0, 4, 1, 2)):
+        assert training.step(batch()) == (step == 0)
+
+
+def test_every_sample_is_drawn_and_sites_draw_for_themselves() -> None:
+    memories = [Memories(), Memories()]
+    draws = [[memory.draw(5, seed) for _ in range(40)] for memory, seed in zip(memories, "ab", strict=True)]
+    assert [set(each) for each in draws] == [{0, 1, 2, 3, 4}] * 2
+    assert draws[0] != draws[1]
+    resumed = Memories()
+    again = [resumed.draw(5, "a") for _ in range(7)]
+    resumed.load_state_dict(resumed.state_dict())
+    assert again + [resumed.draw(5, "a") for _ in range(33)] == draws[0]
 
 
 @pytest.mark.parametrize("core", [fused, chain])

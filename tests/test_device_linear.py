@@ -11,10 +11,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sparse_compile import Phase, Reuse, Sample, Schedule, device_linear, sparse_backend
+from sparse_compile.clock import Clock
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.runtime import NO_TOKEN
+from sparse_compile.telemetry import Telemetry
 
 SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 6, 10, 9
 N = SAMPLES * TOKENS
@@ -272,3 +274,22 @@ def test_nothing_waits_for_the_gpu(
         ours.site.linear_backward(*operands, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["exact", "reuse", "reuse, elements", "sample, clip", "sample dW"])
+def test_what_a_monitor_measures_is_that_of_the_cpu(
+    name: str, kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(Schedule.exact())
+    sites = [LinearSite("layer", seed=1, telemetry=Telemetry(1, clock)) for _ in range(2)]
+    ours = OnDevice(sites[0], device, monkeypatch)
+    for step in range(4):
+        clock.step = step
+        for run in (ours, sites[1].linear_backward):
+            run(*batch(step), tokens=TOKENS, dw_transposed=False, phase=at(METHODS[name]))
+    found, wanted = (site.telemetry.measurements() for site in sites if site.telemetry)
+    assert bool(found) == (name != "exact")
+    for ours_row, row in zip(found, wanted, strict=True):
+        assert (ours_row.step, ours_row.gradient) == (row.step, row.gradient)
+        for value in ("cosine", "relative_error", "energy_kept"):
+            assert getattr(ours_row, value) == pytest.approx(getattr(row, value), rel=1e-4)

@@ -24,6 +24,8 @@ class SparseCompileCallback(transformers.TrainerCallback):
     Logged are ``sparse_compile/flops_ratio`` (forward and backward of all linears and attentions, as run over
     dense, since the start) and, of the last measurement of adaptive sampling, ``s``, ``sgd_variance``,
     ``act_variance``, ``weight_variance``, and ``samples/<block>``, the share of samples kept behind it.
+    With a monitor, also the means over the sites at its last measurement: ``cosine/dW`` and
+    ``relative_error/dW``, the same for the other gradients, and ``energy_kept``.
 
     A run that resumes from a checkpoint of the Trainer's takes the backend's state from it, if it is there.
     Each rank of a distributed run has a state of its own, and a file.
@@ -66,7 +68,7 @@ class SparseCompileCallback(transformers.TrainerCallback):
             last = report.history[-1]
             numbers |= {name: last[name] for name in ("s", "sgd_variance", "act_variance", "weight_variance")}
             numbers |= {f"samples/{name}": share for name, share in last["sample_shares"].items()}
-        return numbers
+        return numbers | report.measurements.last()
 
 
 def _state_file(args: Any, state: Any, rank: int) -> Path:

@@ -14,6 +14,9 @@ from sparse_compile.methods.rows import Estimate, Rows
 # (More than N + 1 rows only if an estimate has that many distinct ones, which no site lets happen.)
 DistinctRows = tuple[Tensor, Tensor]
 
+# Beyond this share of the rows, writing the estimate out and multiplying it whole is as cheap.
+DENSE_SHARE = 0.9
+
 
 def backward(
     dy: Tensor,

@@ -35,8 +35,14 @@ from torch import Tensor
 from sparse_compile.kernels.attention import Gradients, WrittenOut
 from sparse_compile.kernels.attention_chain import scores_gradient
 from sparse_compile.methods import exact, reuse
+from sparse_compile.methods.rows import number_kept
 from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.reuse import Reuse
+
+# How often reuse moves the features of every row, whichever it keeps: norms, what is filled in, new means. So
+# the share at which it stops to pay comes within 0.07 of what was measured (heads of 64, one core, AVX-512,
+# float32): 0.5 fused and 0.3 as a chain for 128 tokens, 0.7 and 0.6 for 256, 0.8 and 0.7 for 512.
+_PASSES = 6
 
 Means = dict[str, Tensor]  # what is remembered, by name; each is one sample's size
 
@@ -54,6 +60,12 @@ class ChosenRows:
     computed: Tensor
     dropped: Tensor
     share: Tensor
+
+
+def reuse_pays(keep: float, rows: int, keys: int, features: int, *, stored: bool) -> bool:
+    """Whether reuse of rows costs less than computing all of them."""
+    fewest = exact.fewest_to_skip_in_attention(rows, keys, features, stored=stored, passes=_PASSES)
+    return rows - number_kept(keep, rows) >= fewest
 
 
 def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> ChosenRows:
@@ -127,6 +139,16 @@ def by_elements(
     return (dq, for_dk.mT @ q + means["dk"] * attended, dv), ds
 
 
+def kept_entries(do: Tensor, means: Means, method: Reuse, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which entries of dO :func:`by_elements` takes as they are, for dA' (and so dQ and dK) and for dV: bool
+    [B, H, T, D] each. Of rows that are zero it is not said."""
+    residual = do - means["do"]
+    if live is not None:
+        residual = torch.where(live[:, None, :, None], residual, torch.zeros_like(residual))
+    for_da, for_dv = ((some != 0) | (residual == 0) for some in _largest(residual, method))
+    return for_da, for_dv
+
+
 def means_for_elements(do: Tensor, ds: Tensor, f: WrittenOut, sample: int | None) -> Means:
     """dŌ, dS̄ and the four products of means that later backwards add; ``sample`` as above."""
     a, o, s, q, k, v = (_one(x, sample) for x in (f.dropped, do, ds, f.q, f.k, f.v))
@@ -156,7 +178,7 @@ def _largest(residual: Tensor, method: Reuse) -> tuple[Tensor, Tensor]:
         queries = residual.mT
         along_queries = torch.where(reuse.largest_of_neighbours(queries.abs(), n, m), queries, 0)
         return along_last, along_queries.mT
-    kept = residual.abs().flatten().topk(reuse.count(method.keep, residual.numel()), sorted=False).indices
+    kept = residual.abs().flatten().topk(number_kept(method.keep, residual.numel()), sorted=False).indices
     some = torch.zeros_like(residual, memory_format=torch.contiguous_format)
     some.view(-1)[kept] = residual.flatten()[kept]
     return some, some

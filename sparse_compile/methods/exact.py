@@ -74,16 +74,16 @@ def fewest_to_skip(rows: int, inputs: int, outputs: int) -> int:
     return moved // (4 * inputs * outputs + 80 * (outputs + inputs)) + 1
 
 
-def fewest_to_skip_in_attention(rows: int, keys: int, features: int, *, stored: bool) -> int:
+def fewest_to_skip_in_attention(rows: int, keys: int, features: int, *, stored: bool, passes: int = 1) -> int:
     """From how many query rows on it costs less to gather the others than to compute all ``rows``.
 
     Per head: a product has 2 FLOPs for each row, key and feature. There are four, and a fifth where the
     probabilities are not ``stored``. A row that is computed has four times its features moved, and twice its
-    probabilities if those are stored; every row has its features moved once. Costs are those of
-    :func:`fewest_to_skip`.
+    probabilities if those are stored; every row has its features moved ``passes`` times. Costs are
+    those of :func:`fewest_to_skip`.
     """
     moved = 80 * (4 * features + (2 * keys if stored else 0))
-    return rows * (moved + 80 * features) // ((8 if stored else 10) * keys * features + moved) + 1
+    return rows * (moved + 80 * features * passes) // ((8 if stored else 10) * keys * features + moved) + 1
 
 
 def rows(live: Tensor) -> Rows:

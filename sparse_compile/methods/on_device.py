@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.rows import Rows, number_kept
 from sparse_compile.methods.sample import Draw
 
 
@@ -27,7 +27,7 @@ def largest(scores: Tensor, live: Tensor, keep: float, base: Tensor) -> Rows:
         keep: share of the N rows that is computed.
         base: P, [T, O].
     """
-    k = max(1, round(keep * len(scores)))
+    k = number_kept(keep, len(scores))
     kept = torch.where(live, scores, -1.0).topk(k, sorted=False).indices
     kept = _live_first(kept, live)
     dropped = live.index_fill(0, kept, False)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.rows import Rows, number_kept
 
 
 def next_base(dy: Tensor, tokens: int, sample: int | None) -> Tensor:
@@ -51,7 +51,7 @@ def rows(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Rows:
     if live is not None:
         norm = torch.where(live, norm, -1.0)
     alive = dy.shape[0] if live is None else int(live.sum())
-    kept = norm.topk(min(count(keep, dy.shape[0]), alive), sorted=False).indices.sort().values
+    kept = norm.topk(min(number_kept(keep, dy.shape[0]), alive), sorted=False).indices.sort().values
     dropped = torch.ones_like(norm, dtype=torch.bool) if live is None else live.clone()
     dropped[kept] = False
     return Rows(kept, base, dropped)
@@ -73,7 +73,7 @@ def elements(dy: Tensor, base: Tensor, keep: float, live: Tensor | None) -> Tens
     """
     tiled = base.expand(dy.shape[0] // base.shape[0], *base.shape).reshape(dy.shape)
     size = _masked(dy - tiled, live).abs().reshape(-1)
-    kept = size.topk(count(keep, size.numel()), sorted=False).indices
+    kept = size.topk(number_kept(keep, size.numel()), sorted=False).indices
     estimate = tiled.clone(memory_format=torch.contiguous_format)
     estimate.view(-1)[kept] = dy.reshape(-1)[kept]
     return _masked(estimate, live)
@@ -103,8 +103,3 @@ def largest_of_neighbours(size: Tensor, n: int, m: int) -> Tensor:
 
 def _masked(values: Tensor, live: Tensor | None) -> Tensor:
     return values if live is None else torch.where(live.unsqueeze(1), values, torch.zeros_like(values))
-
-
-def count(keep: float, total: int) -> int:
-    """How many of ``total`` rows or entries a share is; at least one."""
-    return max(1, round(keep * total))

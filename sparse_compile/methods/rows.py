@@ -43,6 +43,12 @@ class Rows:
         """Whether most of ``kept`` may be beyond the count: a buffer for all rows that are not zero."""
         return self.slot is not None
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was dropped but what adds nothing. (Rows drawn at random have a scale, and those
+        that reuse chooses a base.)"""
+        return self.base is None and self.scale is None
+
     def dense(self, dy: Tensor) -> Tensor:
         """Ŷ written out, [N, O]."""
         estimate = torch.zeros_like(dy)
@@ -53,6 +59,16 @@ class Rows:
         if self.scale is not None:
             kept = (kept * self.scale.unsqueeze(1)).to(dy.dtype)
         return estimate.index_copy_(0, self.kept, kept)
+
+
+def number_kept(keep: float, total: int) -> int:
+    """How many of ``total`` rows or entries a share is: the nearest number, but at least one."""
+    return max(1, round(keep * total))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and norms of values of this dtype are added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # An estimate of dY: few distinct rows, or written out, [N, O].

@@ -41,11 +41,6 @@ class Draw:
         return torch.randperm(n, generator=torch.Generator().manual_seed(self._random.getrandbits(60)))
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What norms are added up in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def probabilities(scores: Tensor, k: int) -> Tensor:
     """p_i = min(1, λ · s_i) with λ such that Σ p_i = k.
 
@@ -98,8 +93,3 @@ def rows(scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
     p = probabilities(scores, k)
     kept = systematic(p, k, draw)
     return Rows(kept, scale=(1 / p[kept]).clamp_(max=math.inf if clip is None else clip))
-
-
-def count(keep: float, total: int) -> int:
-    """How many of ``total`` are drawn: the nearest to that share, but at least one."""
-    return max(1, round(keep * total))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.methods import on_device, reuse, sample
-from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.rows import Rows, number_kept
 
 N, OUTPUTS, TOKENS = 24, 5, 6
 
@@ -43,7 +43,7 @@ def test_largest_are_the_rows_that_reuse_keeps(keep: float, dead: float, device:
     squares = (dy.view(-1, TOKENS, OUTPUTS) - base).square().sum(2).view(-1)
     ours, theirs = on_device.largest(squares, live, keep, base), reuse.rows(dy, base, keep, live)
     assert torch.equal(live_part(ours), theirs.kept)
-    assert len(ours.kept) == sample.count(keep, N)
+    assert len(ours.kept) == number_kept(keep, N)
     assert torch.equal(ours.dropped, theirs.dropped)
     torch.testing.assert_close(ours.dense(dy), theirs.dense(dy), rtol=0, atol=0)
 
@@ -63,7 +63,7 @@ def test_drawn_are_the_rows_that_sampling_draws(
 ) -> None:
     dy = gradient(dead, device)
     scores = dy.norm(dim=1)
-    k = sample.count(keep, N)
+    k = number_kept(keep, N)
     ours, theirs = (form(scores, k, clip, sample.Draw("seed")) for form in (on_device.drawn, sample.rows))
     assert torch.equal(live_part(ours), theirs.kept)
     assert len(ours.kept) == k
@@ -95,7 +95,7 @@ def test_equal_scores_of_as_many_rows_as_are_drawn(device: torch.device) -> None
 def test_what_is_not_finite_spoils_every_weight(bad: float, keep: float, device: torch.device) -> None:
     scores = torch.rand(N, device=device)
     scores[3] = bad
-    rows = on_device.drawn(scores, sample.count(keep, N), None, sample.Draw("seed"))
+    rows = on_device.drawn(scores, number_kept(keep, N), None, sample.Draw("seed"))
     assert rows.scale.isnan().all()
     assert ((rows.kept >= 0) & (rows.kept < N)).all()
     assert int(rows.count) > 0

@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.rows import Rows, number_kept
 
 DY = torch.arange(1.0, 13.0).view(6, 2)  # two samples of three tokens
 BASE = torch.tensor([[100.0, 101.0], [200.0, 201.0], [300.0, 301.0]])
@@ -42,3 +42,7 @@ def test_writing_out_changes_neither_gradient_nor_base():
     rows.dense(dy).fill_(-1)
     assert torch.equal(dy, DY)
     assert torch.equal(base, BASE)
+
+
+def test_of_any_share_at_least_one_is_kept():
+    assert [number_kept(keep, 10) for keep in (1e-9, 0.24, 0.26, 1.0)] == [1, 2, 3, 10]

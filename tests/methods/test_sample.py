@@ -81,10 +81,6 @@ def test_all_rows_that_are_not_zero_if_they_are_few():
     assert rows.scale is None
 
 
-def test_at_least_one_row():
-    assert [sample.count(keep, 10) for keep in (1e-9, 0.24, 0.26, 1.0)] == [1, 2, 3, 10]
-
-
 def test_equal_seeds_draw_equal_rows():
     s = scores()
     first, second, other = (sample.rows(s, 8, None, sample.Draw(seed)).kept for seed in ("a", "a", "b"))
