@@ -13,6 +13,7 @@ from sparse_compile.report import Report
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.rotate import RotatedTopK
 from sparse_compile.settings.sample import Sample
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "PruneSaved",
     "Report",
     "Reuse",
+    "RotatedTopK",
     "Sample",
     "Schedule",
     "SparseBackend",

@@ -11,9 +11,10 @@ from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Memory, Use
-from sparse_compile.methods import exact, reuse, sample
+from sparse_compile.methods import exact, reuse, rotate, sample
 from sparse_compile.methods.rows import Estimate, Rows
 from sparse_compile.phases import parse_n_m
+from sparse_compile.rotation import RotatedWeight
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
@@ -28,13 +29,18 @@ _DENSE_SHARE = 0.9
 
 
 class LinearSite(Site):
-    """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O)."""
+    """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O).
+
+    Attributes:
+        rotated: where its weight gradient goes if the graph hands it over, or None.
+    """
 
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
         self._device: DeviceLinear | None = None
+        self.rotated: RotatedWeight | None = None
 
     def linear_backward(
         self,
@@ -46,6 +52,7 @@ class LinearSite(Site):
         dw_transposed: bool,
         phase: Phase | None,
         use: Use = (0, 0),
+        handed_over: bool = False,
     ) -> tuple[kernel.DistinctRows | None, Tensor | None]:
         """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
 
@@ -57,6 +64,7 @@ class LinearSite(Site):
             dw_transposed: return dW as [I, O].
             phase: what the schedule says of this step; None is exact.
             use: whose base it is.
+            handed_over: give dW to ``rotated``, and return None for it.
         """
         (n, outputs), inputs = dy.shape, next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, outputs)
@@ -79,16 +87,34 @@ class LinearSite(Site):
             self.method = method.method
             zero, estimates = self._sample(dy, x, method, use)
         for_dx, for_dw = estimates
-        self._count(zero, None if w is None else for_dx, None if x is None else for_dw)
+        rotating = handed_over and self.rotated is not None and self.rotated.entries is not None
+        self._count(zero, None if w is None else for_dx, None if x is None else for_dw, rotating)
         multiply = kernel.backward
         if self._device is not None and not self.left_alone:
             multiply = self._device.backward
+        if handed_over:
+            dx, dw = multiply(dy, None if rotating else x, w, for_dx, for_dw, dw_transposed=False)
+            self._hand_over(dy, x, dw, for_dw)
+            return dx, None
         dx, dw = multiply(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
         if self._device is not None:
             self.kernel = self._device.kernel
         if measured and x is not None and dw is not None:
             self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
+
+    def _hand_over(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, for_dw: Estimate) -> None:
+        """Give the weight gradient away: dW [O, I] during the calibration, then the corner of the rotated one."""
+        if self.rotated is None:
+            raise RuntimeError(
+                f"The gradient of '{self.name}' is for an optimizer of sparse_compile.optim, and the model or backend "
+                "that its graph was compiled for is gone, or was not found when it ran."
+            )
+        if dw is not None:
+            self.rotated.accept_dense(dw)
+        elif x is not None:
+            u, v = self.rotated.basis.like(dy)
+            self.rotated.accept(rotate.gradient(*kernel.contracted(dy, x, for_dw), u, v))
 
     def keep(self, phase: Phase) -> float:
         method = phase.linear
@@ -173,7 +199,7 @@ class LinearSite(Site):
             return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
         return zero, (for_dx, for_dw)
 
-    def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None) -> None:
+    def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None, rotating: bool) -> None:
         n, inputs, outputs = self.shape
         # Rows that the device alone has counted are taken as computed here, and taken off by settle().
         computed = [
@@ -188,6 +214,9 @@ class LinearSite(Site):
         self.counters.flops_forward += 2 * n * outputs * inputs
         self.counters.flops_backward_dense += 2 * n * outputs * inputs * len(computed)
         self.counters.flops_backward += 2 * sum(computed) * outputs * inputs
+        if rotating and for_dw is not None and self.rotated is not None:
+            rotated = rotate.flops(computed[-1], outputs, inputs, *self.rotated.basis.corner)
+            self.counters.flops_backward += rotated - 2 * computed[-1] * outputs * inputs
 
     def settle(self) -> None:
         if self._device is not None:

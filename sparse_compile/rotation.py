@@ -1,0 +1,309 @@
+"""What becomes of the weight gradients that are handed over: recorded, then formed in a rotated basis.
+
+    calibration   site ─ dW ─► weight.grad ─► optimizer: records it, and steps as ever
+    afterwards    site ─ S  ─► entries.grad ─► optimizer: steps the entries, adds U · entries · Vᵀ to the weight
+
+Weights of one shape share a basis. The optimizer (``optim.py``) ends the calibration: it is what holds the
+weights and knows their whole gradient, accumulated and unscaled. The gradient of the ``entries`` lies where any
+gradient lies, so a GradScaler unscales it, and it can be clipped with the others.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from sparse_compile.hosvd import Directions
+from sparse_compile.methods import rotate
+from sparse_compile.settings.rotate import RotatedTopK
+
+# Bases of this many directions in all take more than a few seconds to compute, and progress is shown.
+_MANY = 20_000
+
+
+class Holder(Protocol):
+    """An optimizer that can step the entries of a weight in its place."""
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is one of its parameters, or was until its entries took its place."""
+
+    def replace(self, weight: Tensor, entries: nn.Parameter) -> None:
+        """Step ``entries`` from now on, where it stepped ``weight``."""
+
+    def restart(self, entries: nn.Parameter) -> None:
+        """Forget the state of ``entries``: they now are other entries of their weight."""
+
+
+class Basis:
+    """U [O, P] and V [I, Q] of all weights of one shape, None until the calibration has ended."""
+
+    def __init__(self, outputs: int, inputs: int, method: RotatedTopK, seed: str) -> None:
+        self.shape = (outputs, inputs)
+        self.kept = rotate.count(method.density, outputs, inputs)
+        self.corner = rotate.corner(method.candidates * self.kept, outputs, inputs)
+        self.rows = Directions(outputs, self.corner[0], f"{seed}/rows")
+        self.columns = Directions(inputs, self.corner[1], f"{seed}/columns")
+        self.u: Tensor | None = None
+        self.v: Tensor | None = None
+        self._casts: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def record(self, g: Tensor) -> None:
+        """Take G [O, I] into account. What is not finite is left out."""
+        if bool(g.sum().isfinite()):
+            self.rows.add(g)
+            self.columns.add(g.t())
+
+    def finish(self) -> None:
+        self.set(self.rows.leading(), self.columns.leading())
+        self.rows.sums = self.columns.sums = None
+
+    def set(self, u: Tensor, v: Tensor) -> None:
+        self.u, self.v = u, v
+        self._casts.clear()
+
+    def like(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V in the dtype and on the device of ``tensor``."""
+        assert self.u is not None
+        assert self.v is not None
+        key = (tensor.dtype, tensor.device)
+        if key not in self._casts:
+            self._casts[key] = self.u.to(tensor), self.v.to(tensor)
+        return self._casts[key]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        named = {"u": self.u, "v": self.v, "rows": self.rows.sums, "columns": self.columns.sums}
+        return {name: tensor.clone() for name, tensor in named.items() if tensor is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rows.sums, self.columns.sums = (_copy(state.get(name)) for name in ("rows", "columns"))
+        self.u = self.v = None
+        if "u" in state:
+            self.set(state["u"].clone(), state["v"].clone())
+
+
+class RotatedWeight:
+    """One chosen weight, and where its gradient goes.
+
+    Attributes:
+        name: of the layer.
+        basis: shared with the weights of its shape.
+        entries: [k], zero between steps; None during the calibration. What an optimizer steps.
+        indices: which entries of the corner they are, int32 [k] of the flattened [P, Q]; None until the first
+            gradient after the calibration has chosen them.
+        ended: whether it is done with, and the gradient is dense for good.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter, *, transposed: bool, basis: Basis, owner: Rotation):
+        self.name = name
+        self.basis = basis
+        self.entries: nn.Parameter | None = None
+        self.indices: Tensor | None = None
+        self._weight = weakref.ref(weight)
+        self._transposed = transposed
+        self._owner = owner
+        self._chosen_at = 0
+        self.ended = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, as the model has it."""
+        weight = self._weight()
+        assert weight is not None, f"the model of {self.name} is gone"
+        return weight
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A tensor that is laid out as the parameter is, seen as [O, I]."""
+        return tensor.t() if self._transposed else tensor
+
+    def accept(self, s: Tensor) -> None:
+        """Add the kept entries of S [P, Q] to the gradient of ``entries``; choose them first if it is time."""
+        assert self.entries is not None
+        if self._choice_due():
+            self.indices = rotate.choose(s, self.basis.kept)
+            self._chosen_at = self._owner.step()
+            for holder in self._owner.holders_of(self):
+                holder.restart(self.entries)
+        assert self.indices is not None
+        kept = s.flatten()[self.indices.long()].to(self.entries.dtype)
+        before = self.entries.grad
+        if before is not None:
+            # After an overflow a GradScaler skips the step, and `model.zero_grad()` does not reach this.
+            kept = kept + torch.where(before.isfinite(), before, 0)
+        self.entries.grad = kept
+
+    def accept_dense(self, dw: Tensor) -> None:
+        """Add dW [O, I] to the parameter's gradient, as autograd would.
+
+        Raises:
+            RuntimeError: steps have been taken, and by no optimizer that could do so with entries.
+        """
+        weight = self.weight
+        self._owner.check_held(self)
+        dw = self.oriented(dw).to(weight.dtype)
+        weight.grad = dw if weight.grad is None else weight.grad + dw
+
+    def start(self) -> None:
+        """End the calibration of this weight."""
+        self.entries = nn.Parameter(self.weight.new_zeros(self.basis.kept))
+        self.weight.grad = None
+        for holder in self._owner.holders_of(self):
+            holder.replace(self.weight, self.entries)
+
+    def absorb(self) -> None:
+        """Rotate a dense gradient that has reached the weight by another way than its layer's backward: a
+        penalty on it, say, or a second use that is not compiled."""
+        g = self.weight.grad
+        if self.entries is not None and g is not None:
+            u, v = self.basis.like(g)
+            self.accept(u.t() @ self.oriented(g) @ v)
+            self.weight.grad = None
+
+    def end(self) -> None:
+        """From now on the gradient goes into the weight's own, for good."""
+        self.entries = self.indices = None
+        self.ended = True
+
+    @torch.no_grad()
+    def apply(self, *, decay: float, scale: float) -> None:
+        """W ← (1 − decay) · W + scale · U · D · Vᵀ, and set the entries to zero."""
+        assert self.entries is not None
+        assert self.indices is not None
+        weight = self.oriented(self.weight.data)
+        if decay:
+            weight.mul_(1 - decay)
+        weight.add_(rotate.update(self.entries.data, self.indices, *self.basis.like(weight)), alpha=scale)
+        self.entries.zero_()
+        self.entries.grad = None
+
+    def _choice_due(self) -> bool:
+        assert self.entries is not None
+        if self.indices is None:
+            return True
+        every = self._owner.method.choose_every
+        return (
+            every is not None and self.entries.grad is None and self._owner.step() - self._chosen_at >= every
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "indices": _copy(self.indices),
+            "chosen_at": self._chosen_at,
+            "started": self.entries is not None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.indices, self._chosen_at = _copy(state["indices"]), state["chosen_at"]
+        if state["started"]:
+            self.start()
+
+
+class Rotation:
+    """All chosen weights of one backend, and their bases.
+
+    Args:
+        method: of the schedule.
+        seed: of what is random in large bases.
+        step: tells how many optimizer steps were taken.
+
+    Attributes:
+        holders: the optimizers that were made for the backend.
+    """
+
+    def __init__(self, method: RotatedTopK, seed: str, step: Callable[[], int]) -> None:
+        self.method = method
+        self.seed = seed
+        self.step = step
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._weights: dict[str, RotatedWeight] = {}
+        self._bases: dict[str, Basis] = {}
+        self._pending: dict[str, Any] = {}
+
+    def add(self, name: str, weight: nn.Parameter, *, transposed: bool) -> RotatedWeight:
+        """The chosen weight of the layer ``name``; ``transposed`` says that the parameter is [I, O]."""
+        found = self._weights.get(name)
+        if found is None or found.weight is not weight:
+            outputs, inputs = weight.t().shape if transposed else weight.shape
+            basis = self._basis(outputs, inputs)
+            found = RotatedWeight(name, weight, transposed=transposed, basis=basis, owner=self)
+            self._weights[name] = found
+            if name in self._pending:
+                found.load_state_dict(self._pending.pop(name))
+        return found
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of a layer whose model is gone."""
+        self._weights.pop(name, None)
+
+    def among(self, parameters: Iterable[Tensor]) -> list[RotatedWeight]:
+        """The chosen of ``parameters``, each given by itself or by its entries."""
+        ids = {id(parameter) for parameter in parameters}
+        return [w for w in self._weights.values() if id(w.weight) in ids or id(w.entries) in ids]
+
+    def holders_of(self, rotated: RotatedWeight) -> list[Holder]:
+        return [holder for holder in self.holders if holder.holds(rotated.weight)]
+
+    def check_held(self, rotated: RotatedWeight) -> None:
+        if self.method.density == 1 or self.step() == 0 or self.holders_of(rotated):
+            return
+        raise RuntimeError(
+            f"Schedule.weight_gradients needs an optimizer of sparse_compile.optim, and after {self.step()} steps "
+            f"none holds the weight of '{rotated.name}': use SparseAdamW(model.parameters(), backend, ...), or "
+            "sparse(...) of another optimizer."
+        )
+
+    @torch.no_grad()
+    def record(self, weights: Sequence[RotatedWeight]) -> None:
+        """Take the gradients of a step into account, of those weights that are still calibrated."""
+        for w in weights if self.method.density < 1 else ():
+            if not w.ended and w.entries is None and w.basis.u is None and w.weight.grad is not None:
+                w.basis.record(w.oriented(w.weight.grad))
+
+    @torch.no_grad()
+    def finish(self, weights: Sequence[RotatedWeight]) -> None:
+        """End the calibration of those weights for whose shape there are gradients. Called once a step of
+        the last of the calibration's number, or a later one, is done."""
+        known = [w for w in weights if w.basis.u is not None or w.basis.rows.sums is not None]
+        waiting = [w for w in known if w.entries is None and not w.ended]
+        bases = list({id(w.basis): w.basis for w in waiting if w.basis.u is None}.values())
+        many = sum(sum(basis.shape) for basis in bases) >= _MANY
+        console = Console(stderr=True)
+        for basis in track(bases, "rotated bases", disable=not many, console=console, transient=True):
+            basis.finish()
+        for w in waiting:
+            w.start()
+
+    def _basis(self, outputs: int, inputs: int) -> Basis:
+        key = f"{outputs}x{inputs}"
+        if key not in self._bases:
+            self._bases[key] = Basis(outputs, inputs, self.method, f"{self.seed}/{key}")
+        return self._bases[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: weight.state_dict() for name, weight in self._weights.items()}
+        return {
+            "bases": {key: basis.state_dict() for key, basis in self._bases.items()},
+            "weights": {**self._pending, **weights},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Weights that do not exist yet (they are added when their graph first runs) take theirs then."""
+        self._bases = {}
+        for key, values in state["bases"].items():
+            self._basis(*map(int, key.split("x"))).load_state_dict(values)
+        self._pending = dict(state["weights"])
+        for name, weight in list(self._weights.items()):
+            weight.basis = self._basis(*weight.basis.shape)
+            weight.load_state_dict(self._pending.pop(name, FRESH))
+
+
+FRESH: dict[str, Any] = {"indices": None, "chosen_at": 0, "started": False}
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
