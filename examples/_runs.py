@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,16 @@ EVALUATIONS_PER_EPOCH = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One line of the result: a name, and the schedule of our backend (None: plain torch.compile)."""
+    """One line of the result: a name, and the schedule of our backend (None: plain torch.compile).
+
+    ``prepare`` is given the model and the backend before anything is compiled, and returns the model that is
+    to be trained and its optimizer (None: the Trainer's AdamW).
+    """
 
     name: str
     schedule: Schedule | None
+    prepare: Callable[[Any, Any], tuple[Any, torch.optim.Optimizer | None]] | None = None
+    callbacks: tuple[transformers.TrainerCallback, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +49,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     static_padding: bool
+    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +153,9 @@ def train(variant: Variant, recipe: Recipe, tokens: Tokens, seed: int) -> tuple[
     )
     model.config.pad_token_id = tokens.tokenizer.pad_token_id
     backend = "inductor" if variant.schedule is None else sparse_backend(variant.schedule)
+    optimizer = None
+    if variant.prepare is not None:
+        model, optimizer = variant.prepare(model, backend)
     model.compile(backend=backend)
 
     recorder = Recorder(recipe)
@@ -158,7 +168,8 @@ def train(variant: Variant, recipe: Recipe, tokens: Tokens, seed: int) -> tuple[
             eval_dataset=tokens.curve,
             data_collator=transformers.DataCollatorWithPadding(tokens.tokenizer, pad_to_multiple_of=8),
             compute_metrics=_accuracy,
-            callbacks=[recorder],
+            callbacks=[recorder, *variant.callbacks],
+            optimizers=(optimizer, None),
             dynamic_length=not recipe.static_padding,
         )
         trainer.remove_callback(PrinterCallback)
@@ -327,6 +338,7 @@ def _arguments(recipe: Recipe, seed: int, scratch: str) -> transformers.Training
         per_device_eval_batch_size=50,
         max_steps=recipe.steps,
         learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.max_grad_norm,
         seed=seed,
         data_seed=seed,
         logging_strategy="no",

@@ -120,7 +120,7 @@ class SparseBackend:
 
     @property
     def rotation(self) -> Rotation | None:
-        """The weights whose gradients are sparse, for `sparse_compile.optim`; None without ``weight_gradients``."""
+        """The weights with sparse gradients, for `sparse_compile.optim`; None if the schedule has none."""
         return self._runtime.rotation
 
     def report(self) -> Report:

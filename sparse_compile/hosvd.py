@@ -3,8 +3,8 @@
 The HOSVD of a stack of matrices G₁, G₂, … [O, I] has the eigenvectors of M = Σ G·Gᵀ as the basis of its rows,
 and those of Σ Gᵀ·G as that of its columns. No stack is kept. Where few of many directions are wanted M itself
 is not either, only Y = M·Ω for a random orthonormal Ω [O, L]: that is enough for M's leading eigenvectors
-(Nyström's approximation; Tropp, Yurtsever, Udell & Cevher, "Fixed-Rank Approximation of a Positive-Semidefinite
-Matrix from Streaming Data", NeurIPS 2017, algorithm 3).
+(Nyström's approximation; Tropp, Yurtsever, Udell & Cevher, "Fixed-Rank Approximation of a
+Positive-Semidefinite Matrix from Streaming Data", NeurIPS 2017, algorithm 3).
 """
 
 from __future__ import annotations
@@ -35,11 +35,7 @@ class Directions:
         self.sums: Tensor | None = None  # Y [O, L]; M itself where there is no Ω
 
     def add(self, g: Tensor) -> None:
-        """Add G [O, I]; sums are of its dtype, float32 at least. What is not finite is left out.
-
-        Each G counts by its direction, not its length: gradients shrink in training, and the first would
-        otherwise outweigh all others.
-        """
+        """Add G [O, I]; sums are of its dtype, float32 at least."""
         g = g.to(_wide(g.dtype))
         if self._omega is None:
             term = g @ g.t()

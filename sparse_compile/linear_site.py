@@ -104,11 +104,11 @@ class LinearSite(Site):
         return dx, dw
 
     def _hand_over(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, for_dw: Estimate) -> None:
-        """Give the weight gradient away: dW [O, I] during the calibration, then the corner of the rotated one."""
+        """Give the weight gradient away: dW [O, I] in the calibration, then the corner of the rotated one."""
         if self.rotated is None:
             raise RuntimeError(
-                f"The gradient of '{self.name}' is for an optimizer of sparse_compile.optim, and the model or backend "
-                "that its graph was compiled for is gone, or was not found when it ran."
+                f"The gradient of '{self.name}' is for an optimizer of sparse_compile.optim, and the model "
+                "or backend that its graph was compiled for is gone, or was not found when it ran."
             )
         if dw is not None:
             self.rotated.accept_dense(dw)

@@ -56,8 +56,8 @@ def clean(path: str) -> str:
 
 
 def layer_of(parameter: str) -> str:
-    """The name of the layer that a parameter is the weight of: its module's, or its own where it is not called
-    ``weight`` (or ``bias``)."""
+    """The name of the layer that a parameter belongs to: its module's, or its own where it is not called
+    ``weight`` or ``bias``."""
     owner, _, leaf = parameter.rpartition(".")
     return owner if owner and leaf in ("weight", "bias") else parameter
 

@@ -6,10 +6,11 @@
     optimizer = SparseAdamW(model.parameters(), backend, lr=1e-4)
     model = torch.compile(model, backend=backend)
 
-Such an optimizer takes all parameters of a model. Until the calibration ends it is the optimizer that it is made
-of, and records gradients. Then, in ``param_groups``, each chosen weight gives its place to a vector of its kept
-entries in the rotated basis, and every step ends with adding what happened to them to the weight. So learning
-rates and their schedules, ``state_dict`` and a GradScaler work as ever, and the model is always an ordinary one.
+Such an optimizer takes all parameters of a model. Until the calibration ends it is the optimizer that it is
+made of, and records gradients. Then, in ``param_groups``, each chosen weight gives its place to a vector of
+its kept entries in the rotated basis, and every step ends with adding what happened to them to the weight. So
+learning rates and their schedules, ``state_dict`` and a GradScaler work as ever, and the model is always an
+ordinary one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_compile import naming, selection
 from sparse_compile.backend import SparseBackend
-from sparse_compile.checks import is_number, listed, near, wrong
-from sparse_compile.rotation import Rotation, RotatedWeight
+from sparse_compile.checks import is_number, near, wrong
+from sparse_compile.rotation import Rotation
 from sparse_compile.schedule import pattern_matches
 from sparse_compile.settings.rotate import RotatedTopK
 
@@ -36,8 +37,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     Args:
         params: all parameters that are to be trained, or groups of them, the chosen weights among them.
         backend: what the model is compiled with; its schedule has a ``weight_gradients``.
-        kept_scale: what the update of the kept entries is multiplied by, a number > 0. They get the learning rate
-            of the group; an optimizer that normalises its steps moves a weight by less if it moves few entries.
+        kept_scale: what the update of the kept entries is multiplied by, a number > 0. They get the learning
+            rate of the group; an optimizer that normalises its steps, as Adam does, moves a weight by less if
+            it moves few entries: by √density in norm.
         max_grad_norm: clip the gradients of all parameters together to this norm, a number > 0, at the
             beginning of each step; None does not. Of a chosen weight its kept entries count. (Clipping
             ``model.parameters()`` does not know of them; ``gradients()`` does.)
@@ -132,7 +134,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return weight in self._weights
 
     def replace(self, weight: Tensor, entries: nn.Parameter) -> None:
-        """Step ``entries`` in the place of ``weight``; state that is theirs, from a checkpoint, goes with them."""
+        """Step ``entries`` in the place of ``weight``. State of a checkpoint that is theirs goes with them."""
         self._exchange(weight, entries)
         state = self.state.pop(weight, {})
         if all(value.shape == entries.shape for value in state.values() if _has_size(value)):
@@ -154,8 +156,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
 
 class SparseAdamW(SparseOptimizer, torch.optim.AdamW):
-    """AdamW with moments for the kept entries alone; see :class:`SparseOptimizer` and :class:`torch.optim.AdamW`,
-    whose settings it takes, too. Source: SparseGrad (Chekalina et al., EMNLP 2024)."""
+    """AdamW with moments for the kept entries alone. Its settings are those of :class:`SparseOptimizer` and
+    of :class:`torch.optim.AdamW`. Source: SparseGrad (Chekalina et al., EMNLP 2024)."""
 
 
 @functools.cache
@@ -173,8 +175,8 @@ def sparse(optimizer: type[torch.optim.Optimizer]) -> type[SparseOptimizer]:
 
 
 def freeze_unselected(model: nn.Module, method: RotatedTopK, keep: str | Collection[str] = ()) -> None:
-    """Take the gradients from all parameters but the chosen weights, as parameter-efficient tuning does. Call it
-    before the model is compiled.
+    """Take the gradients from all parameters but the chosen weights, as parameter-efficient tuning does.
+    Call it before the model is compiled.
 
     Args:
         model: its parameters' ``requires_grad`` is set to False.

@@ -1,11 +1,11 @@
 """What becomes of the weight gradients that are handed over: recorded, then formed in a rotated basis.
 
     calibration   site ─ dW ─► weight.grad ─► optimizer: records it, and steps as ever
-    afterwards    site ─ S  ─► entries.grad ─► optimizer: steps the entries, adds U · entries · Vᵀ to the weight
+    afterwards    site ─ S  ─► entries.grad ─► optimizer: steps the entries, and adds U · D · Vᵀ to the weight
 
 Weights of one shape share a basis. The optimizer (``optim.py``) ends the calibration: it is what holds the
-weights and knows their whole gradient, accumulated and unscaled. The gradient of the ``entries`` lies where any
-gradient lies, so a GradScaler unscales it, and it can be clipped with the others.
+weights and knows their whole gradient, accumulated and unscaled. The gradient of the ``entries`` lies where
+any gradient lies, so a GradScaler unscales it, and it can be clipped with the others.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class RotatedWeight:
         return tensor.t() if self._transposed else tensor
 
     def accept(self, s: Tensor) -> None:
-        """Add the kept entries of S [P, Q] to the gradient of ``entries``; choose them first if it is time."""
+        """Add the kept entries of S [P, Q] to the gradient of ``entries``; if it is time, choose them."""
         assert self.entries is not None
         if self._choice_due():
             self.indices = rotate.choose(s, self.basis.kept)
@@ -252,9 +252,9 @@ class Rotation:
         if self.method.density == 1 or self.step() == 0 or self.holders_of(rotated):
             return
         raise RuntimeError(
-            f"Schedule.weight_gradients needs an optimizer of sparse_compile.optim, and after {self.step()} steps "
-            f"none holds the weight of '{rotated.name}': use SparseAdamW(model.parameters(), backend, ...), or "
-            "sparse(...) of another optimizer."
+            f"Schedule.weight_gradients needs an optimizer of sparse_compile.optim, and after {self.step()} "
+            f"steps none holds the weight of '{rotated.name}': use SparseAdamW(model.parameters(), backend, "
+            "...), or sparse(...) of another optimizer."
         )
 
     @torch.no_grad()

@@ -64,8 +64,8 @@ class Schedule:
         attention: the method for attentions, a `Reuse`, with a schedule of its own. None is exact, as above.
         saved_activations: how what is saved for backward is pruned, a `PruneSaved`, in all modules:
             `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
-        weight_gradients: which entries of the weights' gradients are kept, a `RotatedTopK`; it needs an optimizer
-            of `sparse_compile.optim`. None keeps all.
+        weight_gradients: which entries of the weights' gradients are kept, a `RotatedTopK`; it needs an
+            optimizer of `sparse_compile.optim`. None keeps all.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.

@@ -27,8 +27,8 @@ def chosen_layers(root: nn.Module, method: RotatedTopK) -> frozenset[str]:
         found = frozenset(_mlps(shapes))
         if not found:
             raise ValueError(
-                "Schedule.weight_gradients found no MLP in the model (two layers of a repeated block that widen "
-                f"and narrow again); name layers by where=; there are {len(shapes)}: "
+                "Schedule.weight_gradients found no MLP in the model (two layers of a repeated block that "
+                f"widen and narrow again); name layers by where=; there are {len(shapes)}: "
                 f"{listed(list(shapes)[:5]) or 'none'}{', ...' if len(shapes) > 5 else ''}."
             )
         return found
@@ -38,19 +38,20 @@ def chosen_layers(root: nn.Module, method: RotatedTopK) -> frozenset[str]:
         if not matched:
             close = near(pattern, [*shapes, *(part for name in shapes for part in name.split("."))])
             raise ValueError(
-                f"Schedule.weight_gradients has where='{pattern}', which matches none of {len(shapes)} layers "
-                f"with a weight matrix; near names: {close or 'none'}."
+                f"Schedule.weight_gradients has where='{pattern}', which matches none of {len(shapes)} "
+                f"layers with a weight matrix; near names: {close or 'none'}."
             )
         found |= matched
     return found
 
 
 def _matrices(root: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The layers of a model that multiply by a parameter of two dimensions, and its shape; embeddings (and what is tied to one) are not among them."""
+    """The layers of a model that have a parameter of two dimensions, and its shape. Embeddings are not among
+    them, nor what is tied to one."""
     embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     for name, parameter in root.named_parameters():
         if parameter.dim() == 2 and id(parameter) not in embeddings:
-            yield naming.layer_of(naming.clean(name)), tuple(parameter.shape)
+            yield naming.layer_of(naming.clean(name)), (parameter.shape[0], parameter.shape[1])
 
 
 def _mlps(shapes: dict[str, tuple[int, int]]) -> Iterator[str]:

@@ -97,8 +97,8 @@ def contracted(dy: Tensor, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tenso
 
 
 def inputs_of_rows(x: Tensor, rows: Rows) -> Tensor:
-    """Of X [N, I] what the distinct rows of Ŷ are multiplied by, [k + T, I]: inputs whose rows of Ŷ are the same
-    base row are summed."""
+    """Of X [N, I] what the distinct rows of Ŷ are multiplied by, [k + T, I]: inputs whose rows of Ŷ are the
+    same base row are summed."""
     inputs = x.new_empty(rows.computed, x.shape[1])
     k = rows.kept.numel()
     torch.index_select(x, 0, rows.kept, out=inputs[:k])
