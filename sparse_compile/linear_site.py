@@ -116,6 +116,14 @@ class LinearSite(Site):
             u, v = self.rotated.basis.like(dy)
             self.rotated.accept(rotate.gradient(*kernel.contracted(dy, x, for_dw), u, v))
 
+    @property
+    def density(self) -> float:
+        return 1.0 if self.rotated is None else self.rotated.density
+
+    @property
+    def note(self) -> str:
+        return "" if self.rotated is None else self.rotated.note
+
     def keep(self, phase: Phase) -> float:
         method = phase.linear
         return 1.0 if method is None or self.left_alone or self.held_back else round(self._share(method), 6)

@@ -125,27 +125,21 @@ class SparseOptimizer(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             for w in self._rotation.among(group["params"]):
-                if w.entries is not None:
-                    self._exchange(w.entries, w.weight)
-                    self.restart(w.entries)
                 w.end()
 
     def holds(self, weight: Tensor) -> bool:
         return weight in self._weights
 
-    def replace(self, weight: Tensor, entries: nn.Parameter) -> None:
-        """Step ``entries`` in the place of ``weight``. State of a checkpoint that is theirs goes with them."""
-        self._exchange(weight, entries)
-        state = self.state.pop(weight, {})
-        if all(value.shape == entries.shape for value in state.values() if _has_size(value)):
-            self.state[entries] = state
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Step ``new`` in the place of ``old``. State that was loaded early, and is ``new``'s, goes with it."""
+        for group in self.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        state = self.state.pop(old, {})
+        if state and all(value.shape == new.shape for value in state.values() if _has_size(value)):
+            self.state[new] = state
 
     def restart(self, entries: nn.Parameter) -> None:
         self.state.pop(entries, None)
-
-    def _exchange(self, old: Tensor, new: Tensor) -> None:
-        for group in self.param_groups:
-            group["params"] = [new if p is old else p for p in group["params"]]
 
     def _step_as_ever(self) -> None:
         """The step of the optimizer that this one is made of, without the hooks: they run after ours."""

@@ -33,8 +33,8 @@ class Holder(Protocol):
     def holds(self, weight: Tensor) -> bool:
         """Whether ``weight`` is one of its parameters, or was until its entries took its place."""
 
-    def replace(self, weight: Tensor, entries: nn.Parameter) -> None:
-        """Step ``entries`` from now on, where it stepped ``weight``."""
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Step ``new`` from now on, where it stepped ``old``: entries for a weight, or the other way round."""
 
     def restart(self, entries: nn.Parameter) -> None:
         """Forget the state of ``entries``: they now are other entries of their weight."""
@@ -117,6 +117,22 @@ class RotatedWeight:
         assert weight is not None, f"the model of {self.name} is gone"
         return weight
 
+    @property
+    def density(self) -> float:
+        """The share of its entries that is updated now."""
+        return 1.0 if self.entries is None else self.basis.kept / self.weight.numel()
+
+    @property
+    def note(self) -> str:
+        """What becomes of its gradient, for the report."""
+        method = self._owner.method
+        if self.entries is not None:
+            p, q = self.basis.corner
+            return f"{self.basis.kept} entries of {p} x {q} of the rotated weight gradient"
+        if self.ended or method.density == 1:
+            return ""
+        return f"weight gradient recorded until step {method.calibration_steps}"
+
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor that is laid out as the parameter is, seen as [O, I]."""
         return tensor.t() if self._transposed else tensor
@@ -164,9 +180,15 @@ class RotatedWeight:
             self.accept(u.t() @ self.oriented(g) @ v)
             self.weight.grad = None
 
+    def stop(self) -> None:
+        """Give the weight its place in the optimizers back."""
+        entries, self.entries, self.indices = self.entries, None, None
+        for holder in self._owner.holders_of(self) if entries is not None else ():
+            holder.replace(entries, self.weight)
+
     def end(self) -> None:
-        """From now on the gradient goes into the weight's own, for good."""
-        self.entries = self.indices = None
+        """Stop, for good."""
+        self.stop()
         self.ended = True
 
     @torch.no_grad()
@@ -198,9 +220,11 @@ class RotatedWeight:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.indices, self._chosen_at = _copy(state["indices"]), state["chosen_at"]
-        if state["started"]:
+        if self.entries is not None and not state["started"]:
+            self.stop()
+        elif self.entries is None and state["started"]:
             self.start()
+        self.indices, self._chosen_at = _copy(state["indices"]), state["chosen_at"]
 
 
 class Rotation:

@@ -60,6 +60,16 @@ class Site:
         self.kernel = ""
         self.counters = Counters()
 
+    @property
+    def density(self) -> float:
+        """The share of the weight's entries that a step updates."""
+        return 1.0
+
+    @property
+    def note(self) -> str:
+        """What else is particular about it, for the report."""
+        return ""
+
     def keep(self, phase: Phase) -> float:
         """The share of the output gradient that ``phase`` lets this site compute."""
         raise NotImplementedError
