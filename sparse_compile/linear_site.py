@@ -11,7 +11,7 @@ from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Memory, Use
-from sparse_compile.methods import exact, reuse, rotate, sample
+from sparse_compile.methods import exact, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows
 from sparse_compile.phases import parse_n_m
 from sparse_compile.rotation import RotatedWeight
@@ -113,8 +113,7 @@ class LinearSite(Site):
         if dw is not None:
             self.rotated.accept_dense(dw)
         elif x is not None:
-            u, v = self.rotated.basis.like(dy)
-            self.rotated.accept(rotate.gradient(*kernel.contracted(dy, x, for_dw), u, v))
+            self.rotated.accept(self.rotated.basis.gradient(*kernel.contracted(dy, x, for_dw)))
 
     @property
     def density(self) -> float:
@@ -223,7 +222,7 @@ class LinearSite(Site):
         self.counters.flops_backward_dense += 2 * n * outputs * inputs * len(computed)
         self.counters.flops_backward += 2 * sum(computed) * outputs * inputs
         if rotating and for_dw is not None and self.rotated is not None:
-            rotated = rotate.flops(computed[-1], outputs, inputs, *self.rotated.basis.corner)
+            rotated = self.rotated.basis.flops(computed[-1])
             self.counters.flops_backward += rotated - 2 * computed[-1] * outputs * inputs
 
     def settle(self) -> None:

@@ -63,7 +63,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         if not isinstance(backend, SparseBackend) or backend.rotation is None:
             allowed = "a sparse_backend(...) whose Schedule has weight_gradients=RotatedTopK(...)"
             raise wrong(f"{name}.backend", backend, allowed)
-        for field, value in (("kept_scale", kept_scale), ("max_grad_norm", max_grad_norm or 1.0)):
+        given = {"kept_scale": kept_scale, "max_grad_norm": 1.0 if max_grad_norm is None else max_grad_norm}
+        for field, value in given.items():
             if not is_number(value) or not 0 < value < float("inf"):
                 raise wrong(f"{name}.{field}", value, "a finite number > 0")
         self._rotation: Rotation = backend.rotation
@@ -131,7 +132,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return weight in self._weights
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        """Step ``new`` in the place of ``old``. State that was loaded early, and is ``new``'s, goes with it."""
+        """Step ``new`` in the place of ``old``. State that was loaded early and is ``new``'s goes along."""
         for group in self.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         state = self.state.pop(old, {})

@@ -34,57 +34,86 @@ class Holder(Protocol):
         """Whether ``weight`` is one of its parameters, or was until its entries took its place."""
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        """Step ``new`` from now on, where it stepped ``old``: entries for a weight, or the other way round."""
+        """Step ``new`` from now on, where it stepped ``old``: entries for a weight, or the reverse."""
 
     def restart(self, entries: nn.Parameter) -> None:
         """Forget the state of ``entries``: they now are other entries of their weight."""
 
 
+Bases = tuple[Tensor | None, Tensor | None]  # U and V; None where a side is not rotated
+
+
 class Basis:
-    """U [O, P] and V [I, Q] of all weights of one shape, None until the calibration has ended."""
+    """U [O, P] and V [I, Q] of all weights of one shape, once the calibration has ended.
+
+    Attributes:
+        kept: k, how many entries of the corner are kept.
+        corner: (P, Q).
+        ready: whether U and V are known.
+    """
 
     def __init__(self, outputs: int, inputs: int, method: RotatedTopK, seed: str) -> None:
         self.shape = (outputs, inputs)
+        self._sides = method.sides
         self.kept = rotate.count(method.density, outputs, inputs)
-        self.corner = rotate.corner(method.candidates * self.kept, outputs, inputs)
-        self.rows = Directions(outputs, self.corner[0], f"{seed}/rows")
-        self.columns = Directions(inputs, self.corner[1], f"{seed}/columns")
-        self.u: Tensor | None = None
-        self.v: Tensor | None = None
-        self._casts: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self.corner = rotate.corner(method.candidates * self.kept, outputs, inputs, method.sides)
+        rotated = (method.sides == "both" or outputs < inputs, method.sides == "both" or inputs <= outputs)
+        self._directions = tuple(
+            Directions(size, rank, f"{seed}/{side}") if asked else None
+            for side, (size, rank, asked) in enumerate(zip(self.shape, self.corner, rotated, strict=True))
+        )
+        self._vectors: list[Tensor | None] = [None, None]
+        self._casts: dict[tuple[torch.dtype, torch.device], Bases] = {}
+
+    @property
+    def ready(self) -> bool:
+        return any(vectors is not None for vectors in self._vectors)
+
+    @property
+    def recorded(self) -> bool:
+        return any(side is not None and side.sums is not None for side in self._directions)
 
     def record(self, g: Tensor) -> None:
         """Take G [O, I] into account. What is not finite is left out."""
         if bool(g.sum().isfinite()):
-            self.rows.add(g)
-            self.columns.add(g.t())
+            for side, oriented in zip(self._directions, (g, g.t()), strict=True):
+                if side is not None:
+                    side.add(oriented)
 
     def finish(self) -> None:
-        self.set(self.rows.leading(), self.columns.leading())
-        self.rows.sums = self.columns.sums = None
-
-    def set(self, u: Tensor, v: Tensor) -> None:
-        self.u, self.v = u, v
+        self._vectors = [None if side is None else side.leading() for side in self._directions]
         self._casts.clear()
+        for side in self._directions:
+            if side is not None:
+                side.sums = None
 
-    def like(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def like(self, tensor: Tensor) -> Bases:
         """U and V in the dtype and on the device of ``tensor``."""
-        assert self.u is not None
-        assert self.v is not None
         key = (tensor.dtype, tensor.device)
         if key not in self._casts:
-            self._casts[key] = self.u.to(tensor), self.v.to(tensor)
+            u, v = (None if vectors is None else vectors.to(tensor) for vectors in self._vectors)
+            self._casts[key] = u, v
         return self._casts[key]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        named = {"u": self.u, "v": self.v, "rows": self.rows.sums, "columns": self.columns.sums}
-        return {name: tensor.clone() for name, tensor in named.items() if tensor is not None}
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """S [P, Q] of dY [N, O] and X [N, I]."""
+        return rotate.gradient(dy, x, *self.like(dy))
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.rows.sums, self.columns.sums = (_copy(state.get(name)) for name in ("rows", "columns"))
-        self.u = self.v = None
-        if "u" in state:
-            self.set(state["u"].clone(), state["v"].clone())
+    def flops(self, n: int) -> int:
+        """What :meth:`gradient` costs for N rows."""
+        return rotate.flops(n, *self.shape, *self.corner, self._sides)
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        sums = [None if side is None else side.sums for side in self._directions]
+        named = zip(("u", "v", "rows", "columns"), (*self._vectors, *sums), strict=True)
+        return {name: _copy(tensor) for name, tensor in named}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        self._vectors = [_copy(state["u"]), _copy(state["v"])]
+        self._casts.clear()
+        for side, name in zip(self._directions, ("rows", "columns"), strict=True):
+            if side is not None:
+                side.sums = _copy(state[name])
 
 
 class RotatedWeight:
@@ -176,15 +205,17 @@ class RotatedWeight:
         penalty on it, say, or a second use that is not compiled."""
         g = self.weight.grad
         if self.entries is not None and g is not None:
-            u, v = self.basis.like(g)
-            self.accept(u.t() @ self.oriented(g) @ v)
+            g = self.oriented(g)
+            identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
+            self.accept(self.basis.gradient(identity, g))
             self.weight.grad = None
 
     def stop(self) -> None:
         """Give the weight its place in the optimizers back."""
-        entries, self.entries, self.indices = self.entries, None, None
-        for holder in self._owner.holders_of(self) if entries is not None else ():
-            holder.replace(entries, self.weight)
+        if self.entries is not None:
+            for holder in self._owner.holders_of(self):
+                holder.replace(self.entries, self.weight)
+        self.entries = self.indices = None
 
     def end(self) -> None:
         """Stop, for good."""
@@ -199,7 +230,9 @@ class RotatedWeight:
         weight = self.oriented(self.weight.data)
         if decay:
             weight.mul_(1 - decay)
-        weight.add_(rotate.update(self.entries.data, self.indices, *self.basis.like(weight)), alpha=scale)
+        basis = self.basis
+        moved = rotate.update(self.entries.data, self.indices, *basis.like(weight), basis.corner)
+        weight.add_(moved, alpha=scale)
         self.entries.zero_()
         self.entries.grad = None
 
@@ -285,16 +318,16 @@ class Rotation:
     def record(self, weights: Sequence[RotatedWeight]) -> None:
         """Take the gradients of a step into account, of those weights that are still calibrated."""
         for w in weights if self.method.density < 1 else ():
-            if not w.ended and w.entries is None and w.basis.u is None and w.weight.grad is not None:
+            if not w.ended and w.entries is None and not w.basis.ready and w.weight.grad is not None:
                 w.basis.record(w.oriented(w.weight.grad))
 
     @torch.no_grad()
     def finish(self, weights: Sequence[RotatedWeight]) -> None:
         """End the calibration of those weights for whose shape there are gradients. Called once a step of
         the last of the calibration's number, or a later one, is done."""
-        known = [w for w in weights if w.basis.u is not None or w.basis.rows.sums is not None]
+        known = [w for w in weights if w.basis.ready or w.basis.recorded]
         waiting = [w for w in known if w.entries is None and not w.ended]
-        bases = list({id(w.basis): w.basis for w in waiting if w.basis.u is None}.values())
+        bases = list({id(w.basis): w.basis for w in waiting if not w.basis.ready}.values())
         many = sum(sum(basis.shape) for basis in bases) >= _MANY
         console = Console(stderr=True)
         for basis in track(bases, "rotated bases", disable=not many, console=console, transient=True):

@@ -2,7 +2,8 @@
 
     stack of G    every gradient [O, I] of the calibration, of all chosen weights of one shape
     U, V          left singular vectors of the stack unfolded to [O, I·m], and of it unfolded to [I, O·m]
-    S             the upper left P × Q of Uᵀ · G · V, by the whole of U and V
+    S             the upper left P × Q of Uᵀ · G · V, by the whole of U and V (that of the longer side is the
+                  identity if only the short one is rotated)
     kept          the k entries of S that are largest
     W             (1 − lr · decay) · W + scale · U · D · Vᵀ, D what AdamW or SGD does to those k numbers
 
@@ -26,6 +27,7 @@ class Recipe:
     density: float
     steps: int
     candidates: float = 4.0
+    sides: str = "short"
     every: int | None = None
     lr: float = 0.01
     decay: float = 0.0
@@ -57,9 +59,18 @@ class Weight:
         """One step after the calibration."""
         recipe, (outputs, inputs) = self.recipe, self.shape
         k = max(1, round(recipe.density * outputs * inputs))
-        corner = min(1.0, recipe.candidates * k / (outputs * inputs))
-        p = min(outputs, math.ceil(outputs * math.sqrt(corner)))
-        q = min(inputs, math.ceil(recipe.candidates * k / p))
+        wanted = recipe.candidates * k
+        if recipe.sides == "both":
+            p = min(outputs, math.ceil(outputs * math.sqrt(min(1.0, wanted / (outputs * inputs)))))
+            q = min(inputs, math.ceil(wanted / p))
+        elif inputs <= outputs:
+            u, p, q = (
+                torch.eye(outputs, dtype=torch.float64),
+                outputs,
+                min(inputs, math.ceil(wanted / outputs)),
+            )
+        else:
+            v, p, q = torch.eye(inputs, dtype=torch.float64), min(outputs, math.ceil(wanted / inputs)), inputs
         rotated = u.t() @ self.oriented(self.parameter.grad) @ v
         flat = rotated[:p, :q].flatten().tolist()
         if self.kept is None or (recipe.every and step - self.chosen_at >= recipe.every):

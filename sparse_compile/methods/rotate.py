@@ -10,7 +10,14 @@
     ΔW         U · D · Vᵀ, with D zero except at K, where an optimizer has put its update
 
 Source: SparseGrad (Chekalina et al., EMNLP 2024), which rotates by the whole of U and V: that costs more
-than the product dYᵀ · X that it replaces. The corner costs P · (1/O + 1/I) of it (or as much with Q).
+than the product dYᵀ · X that it replaces.
+
+With ``sides="short"`` only the shorter side of W is rotated and the other basis is None, the identity: in an
+MLP the features are rotated, and its neurons, few of which have large gradients, are not. On gradients of
+MiniLM (movie reviews, bases of steps 0–19, gradients of steps 40 and 75, three layers) the largest 1 % of the
+entries held 0.45 to 0.84 of the energy with one side rotated, 0.46 to 0.90 with both, 0.36 to 0.78 with none.
+The corners are what costs: with 4 candidates for each kept entry, the best 1 % within the corner held 0.35 to
+0.71 (one side), and 0.18 to 0.58 in a corner that cuts both sides alike.
 """
 
 from __future__ import annotations
@@ -26,14 +33,19 @@ def count(density: float, outputs: int, inputs: int) -> int:
     return max(1, round(density * outputs * inputs))
 
 
-def corner(entries: float, outputs: int, inputs: int) -> tuple[int, int]:
-    """(P, Q) of about ``entries`` entries (never fewer), in the proportions of the weight."""
+def corner(entries: float, outputs: int, inputs: int, sides: str) -> tuple[int, int]:
+    """(P, Q) of about ``entries`` entries, never fewer: in the proportions of the weight, or, with "short",
+    all of the longer side and as much of the shorter one as is needed."""
+    if sides == "short":
+        if inputs <= outputs:
+            return outputs, min(inputs, math.ceil(entries / outputs))
+        return min(outputs, math.ceil(entries / inputs)), inputs
     scale = math.sqrt(min(1.0, entries / (outputs * inputs)))
     p = min(outputs, math.ceil(outputs * scale))
     return p, min(inputs, math.ceil(entries / p))
 
 
-def gradient(dy: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def gradient(dy: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
     """S [P, Q] = (dY · U)ᵀ · X · V.
 
     One side is rotated before the product and the other after it, where it costs nothing for each token:
@@ -42,16 +54,18 @@ def gradient(dy: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     Args:
         dy: [N, O].
         x: [N, I].
-        u: [O, P].
-        v: [I, Q].
+        u: [O, P], or None for the identity.
+        v: [I, Q], or None for the identity.
     """
-    if u.shape[1] <= v.shape[1]:
-        return torch.mm(torch.mm((dy @ u).t(), x), v)
-    return torch.mm(u.t(), torch.mm(dy.t(), x @ v))
+    if _left_first(u, v):
+        return _rotated(torch.mm(_rotated(dy, u).t(), x), v)
+    return _rotated(torch.mm(_rotated(x, v).t(), dy), u).t()
 
 
-def flops(n: int, outputs: int, inputs: int, p: int, q: int) -> int:
+def flops(n: int, outputs: int, inputs: int, p: int, q: int, sides: str) -> int:
     """What :func:`gradient` costs for N rows."""
+    if sides == "short":
+        return 2 * n * min(p, q) * (outputs + inputs)
     if p <= q:
         return 2 * n * p * (outputs + inputs) + 2 * p * inputs * q
     return 2 * n * q * (outputs + inputs) + 2 * p * outputs * q
@@ -67,11 +81,26 @@ def choose(s: Tensor, k: int) -> Tensor:
     return size.topk(k, sorted=False).indices.sort().values.to(torch.int32)
 
 
-def update(entries: Tensor, indices: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def update(
+    entries: Tensor, indices: Tensor, u: Tensor | None, v: Tensor | None, corner: tuple[int, int]
+) -> Tensor:
     """ΔW [O, I] = U · D · Vᵀ, where D is ``entries`` [k] at ``indices`` [k] of the flattened [P, Q]."""
-    d = entries.new_zeros(u.shape[1] * v.shape[1])
+    d = entries.new_zeros(corner[0] * corner[1])
     d[indices.long()] = entries
-    d = d.view(u.shape[1], v.shape[1])
-    if u.shape[1] <= v.shape[1]:
-        return u @ (d @ v.t())
-    return (u @ d) @ v.t()
+    d = d.view(corner)
+    if _left_first(u, v):
+        return _back(_back(d.t(), v).t(), u)
+    return _back(_back(d, u).t(), v).t()
+
+
+def _left_first(u: Tensor | None, v: Tensor | None) -> bool:
+    """Whether U has the smaller rank."""
+    return v is None or (u is not None and u.shape[1] <= v.shape[1])
+
+
+def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
+    return rows if basis is None else torch.mm(rows, basis)
+
+
+def _back(columns: Tensor, basis: Tensor | None) -> Tensor:
+    return columns if basis is None else torch.mm(basis, columns)

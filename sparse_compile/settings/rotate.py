@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_compile.checks import integer, is_number, store, wrong
+from sparse_compile.checks import integer, is_number, one_of, store, wrong
+
+SIDES = ("short", "both")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class RotatedTopK:
         calibration_steps: optimizer steps during which gradients are recorded, an int >= 1.
         candidates: how many entries of the rotated gradient are computed for each that is kept, a number
             >= 1: the corner of the largest expected energy, from which the kept ones are chosen.
+        sides: which sides of a weight are rotated: "both", as published, or only the "short" one. That is
+            cheaper and holds about as much of the gradient (see `methods/rotate.py`).
         choose_every: the entries are chosen anew after so many optimizer steps, an int >= 1; the optimizer
             state of a weight starts anew with them. None chooses once, at the end of the calibration.
         where: patterns of module paths, of the layers that are chosen. None takes the MLPs: in each of the
@@ -41,6 +45,7 @@ class RotatedTopK:
     density: float
     calibration_steps: int = 30
     candidates: float = 4.0
+    sides: str = "short"
     choose_every: int | None = None
     where: str | Sequence[str] | None = None
 
@@ -53,6 +58,7 @@ class RotatedTopK:
         if not is_number(self.candidates) or not 1 <= self.candidates < float("inf"):
             raise wrong("RotatedTopK.candidates", self.candidates, "a finite number >= 1")
         store(self, "candidates", float(self.candidates))
+        store(self, "sides", one_of("RotatedTopK.sides", self.sides, SIDES))
         if self.choose_every is not None:
             every = integer("RotatedTopK.choose_every", self.choose_every, at_least=1)
             store(self, "choose_every", every)
