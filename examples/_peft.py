@@ -116,7 +116,7 @@ def _prepare(job: Job, model: Any, backend: Any) -> tuple[Any, torch.optim.Optim
     """The model with all frozen that is to be, and its optimizer."""
     heads = [name for name, _ in model.named_children() if name in _HEADS]
     layers = weights_of(model, job.rotated)
-    adam = {"lr": job.learning_rate, "weight_decay": 0.0}
+    adam: dict[str, Any] = {"lr": job.learning_rate, "weight_decay": 0.0}
     if job.method == LORA:
         rank = lora_rank(layers, job.rotated.density)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), modules_to_save=heads)
@@ -135,7 +135,8 @@ def _prepare(job: Job, model: Any, backend: Any) -> tuple[Any, torch.optim.Optim
 
 def weights_of(model: nn.Module, rotated: RotatedTopK) -> dict[str, Tensor]:
     """The chosen weights of a model, by the names of their layers."""
-    return {name: model.get_submodule(name).weight for name in sorted(chosen_layers(model, rotated))}
+    modules: dict[str, Any] = dict(model.named_modules())
+    return {name: modules[name].weight for name in sorted(chosen_layers(model, rotated))}
 
 
 def _keep_largest(density: float) -> Any:
