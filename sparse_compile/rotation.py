@@ -137,7 +137,12 @@ class RotatedWeight:
         self._transposed = transposed
         self._owner = owner
         self._chosen_at = 0
+        self._provisional = False
         self.ended = False
+
+    def is_of(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is the weight, or its entries."""
+        return parameter is self._weight() or parameter is self.entries
 
     @property
     def weight(self) -> nn.Parameter:
@@ -172,6 +177,8 @@ class RotatedWeight:
         if self._choice_due():
             self.indices = rotate.choose(s, self.basis.kept)
             self._chosen_at = self._owner.step()
+            self._provisional = not bool(s.sum().isfinite())  # after an overflow; the step will be skipped
+            self.entries.grad = None
             for holder in self._owner.holders_of(self):
                 holder.restart(self.entries)
         assert self.indices is not None
@@ -238,7 +245,7 @@ class RotatedWeight:
 
     def _choice_due(self) -> bool:
         assert self.entries is not None
-        if self.indices is None:
+        if self.indices is None or self._provisional:
             return True
         every = self._owner.method.choose_every
         return (
@@ -284,7 +291,7 @@ class Rotation:
     def add(self, name: str, weight: nn.Parameter, *, transposed: bool) -> RotatedWeight:
         """The chosen weight of the layer ``name``; ``transposed`` says that the parameter is [I, O]."""
         found = self._weights.get(name)
-        if found is None or found.weight is not weight:
+        if found is None or not found.is_of(weight):
             outputs, inputs = weight.t().shape if transposed else weight.shape
             basis = self._basis(outputs, inputs)
             found = RotatedWeight(name, weight, transposed=transposed, basis=basis, owner=self)
@@ -299,8 +306,7 @@ class Rotation:
 
     def among(self, parameters: Iterable[Tensor]) -> list[RotatedWeight]:
         """The chosen of ``parameters``, each given by itself or by its entries."""
-        ids = {id(parameter) for parameter in parameters}
-        return [w for w in self._weights.values() if id(w.weight) in ids or id(w.entries) in ids]
+        return [w for p in parameters for w in self._weights.values() if w.is_of(p)]
 
     def holders_of(self, rotated: RotatedWeight) -> list[Holder]:
         return [holder for holder in self.holders if holder.holds(rotated.weight)]

@@ -263,6 +263,14 @@ def test_what_an_overflow_left_behind_does_not_last():
     assert bool(run.weights().isfinite().all())
 
 
+def test_entries_are_not_chosen_by_an_overflow():
+    """The first gradient after the calibration overflows; the entries are those of the next one."""
+    whole, run = Run().train(0, 6), Run().train(0, 2)
+    (loss_of(run.compiled(batch(9))) * float("inf")).backward()
+    run.train(2, 6)
+    assert torch.equal(run.weights(), whole.weights())
+
+
 def test_gradient_by_another_way_is_rotated_too():
     """A penalty on a weight, outside of the graph, doubles what the backward gives."""
     run, twice = Run(make=sparse(torch.optim.SGD)).train(0, 4), Run(make=sparse(torch.optim.SGD)).train(0, 4)
