@@ -26,6 +26,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     static_padding: bool
+    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ def train(variant: Variant, recipe: Recipe, tokens: Tokens, seed: int) -> tuple[
         problem_type="single_label_classification",
     )
     model.config.pad_token_id = tokens.tokenizer.pad_token_id
-    backend = compile_with(variant, model)
+    model, optimizer, backend = compile_with(variant, model)
     apart = max(2, recipe.steps_per_epoch / EVALUATIONS_PER_EPOCH)
     recorder = Recorder(recipe.steps, recipe.steps_per_epoch, max(1, round(recipe.steps / apart)))
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,7 +103,8 @@ def train(variant: Variant, recipe: Recipe, tokens: Tokens, seed: int) -> tuple[
             eval_dataset=tokens.curve,
             data_collator=transformers.DataCollatorWithPadding(tokens.tokenizer, pad_to_multiple_of=8),
             compute_metrics=_accuracy,
-            callbacks=[recorder],
+            callbacks=[recorder, *variant.callbacks],
+            optimizers=(optimizer, None),
             dynamic_length=not recipe.static_padding,
         )
         run = fit(trainer, variant, seed, recorder, tokens.held_out, backend)
@@ -116,6 +118,7 @@ def _arguments(recipe: Recipe, seed: int, scratch: str) -> transformers.Training
         per_device_eval_batch_size=50,
         max_steps=recipe.steps,
         learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.max_grad_norm,
         seed=seed,
         data_seed=seed,
         logging_strategy="no",

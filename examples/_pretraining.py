@@ -147,7 +147,7 @@ def train(
     """
     transformers.set_seed(seed)
     model = make_model(recipe, ids.vocabulary)
-    backend = compile_with(variant, model)
+    model, optimizer, backend = compile_with(variant, model)
     with tempfile.TemporaryDirectory() as scratch:
         args = _arguments(recipe, seed, checkpoints or Path(scratch))
         count = recipe.steps * recipe.accumulate * recipe.batch_size * args.world_size
@@ -160,7 +160,8 @@ def train(
             eval_dataset=held_out[:curve_samples],
             compute_metrics=_accuracy,
             preprocess_logits_for_metrics=_next_token if recipe.causal else _this_token,
-            callbacks=[recorder],
+            callbacks=[recorder, *variant.callbacks],
+            optimizers=(optimizer, None),
         )
         # Else the Trainer adds up the losses of micro-batches, believing that the model divides them, which
         # BERT does not. All micro-batches ask for the same number of tokens, so a mean of means is right.

@@ -27,10 +27,16 @@ CURVE_FILE = "curve.json"  # in a checkpoint: the times and evaluations so far
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One line of the result: a name, and the schedule of our backend (None: plain torch.compile)."""
+    """One line of the result: a name, and the schedule of our backend (None: plain torch.compile).
+
+    ``prepare`` is given the model and the backend before anything is compiled, and returns the model that is
+    to be trained and its optimizer (None: the Trainer's AdamW).
+    """
 
     name: str
     schedule: Schedule | None
+    prepare: Callable[[Any, Any], tuple[Any, torch.optim.Optimizer | None]] | None = None
+    callbacks: tuple[transformers.TrainerCallback, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +76,16 @@ class Run:
         return asdict(self) | {"median_step_seconds": self.median_step}
 
 
-def compile_with(variant: Variant, model: Any) -> SparseBackend | None:
-    """Compile a model in place as the variant says; our backend, if it is ours."""
+def compile_with(
+    variant: Variant, model: Any
+) -> tuple[Any, torch.optim.Optimizer | None, SparseBackend | None]:
+    """The model compiled as the variant says, its optimizer if the variant brings one, and our backend."""
     backend = None if variant.schedule is None else sparse_backend(variant.schedule)
+    optimizer = None
+    if variant.prepare is not None:
+        model, optimizer = variant.prepare(model, backend)
     model.compile(backend="inductor" if backend is None else backend)
-    return backend
+    return model, optimizer, backend
 
 
 def fit(

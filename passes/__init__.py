@@ -1,22 +1,23 @@
 """The graph passes, in the order in which they run on a joint forward/backward graph.
 
 They know graphs and sites and nothing of numbers. What a pass inserts is one op per site, which asks the
-runtime at every step what is to be done; so a phase change needs no new graph. Two things are in the graph
-only if the schedule has a use for them: the ends of blocks, and the packing of what is saved for backward,
-whose ratio is a size in the graph and holds for the whole training.
+runtime at every step what is to be done; so a phase change needs no new graph. Three things are in the graph
+only if the schedule has a use for them: the ends of blocks, the packing of what is saved for backward,
+whose ratio is a size in the graph and holds for the whole training, and the handing over of weight gradients.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.attention import rewrite_attentions
 from sparse_compile.passes.blocks import mark_blocks, rewrite_blocks
+from sparse_compile.passes.hand_over import hand_over
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from sparse_compile.passes.saved import pack_saved
@@ -35,6 +36,7 @@ def rewrite(
     linears: Sequence[str] = (),
     blocks: Sequence[str] = (),
     saved: PruneSaved | None = None,
+    handed_over: Collection[str] = (),
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
@@ -44,6 +46,7 @@ def rewrite(
         linears: names of the linears that must turn up in the result (:func:`linears_called`).
         blocks: paths of the blocks whose ends are marked (:func:`mark_blocks`).
         saved: how to pack what is saved for backward; None leaves that to the partitioner.
+        handed_over: names of the linears whose weight gradients go to the runtime (:func:`hand_over`).
 
     Returns:
         A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
@@ -60,6 +63,7 @@ def rewrite(
 
     ends = rewrite_blocks(graph, token, blocks)
     ops = rewrite_linears(graph, token=token, below=below, records=records)
+    hand_over(graph, ops, chosen=handed_over, parameters=names, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     ops |= rewrite_attentions(graph, token=token, records=records)
     records.extend(ends.values())

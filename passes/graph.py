@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 aten = torch.ops.aten
 
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
-_ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 
 def is_backward(node: Node) -> bool:
@@ -62,7 +62,7 @@ def strip_transposes(node: Node) -> tuple[Node, bool]:
     while node.op == "call_function":
         if is_transpose(node):
             transposed = not transposed
-        elif node.target not in _ALIASES:
+        elif node.target not in ALIASES:
             break
         node = node.args[0]  # type: ignore[assignment]
     return node, transposed
@@ -70,7 +70,7 @@ def strip_transposes(node: Node) -> tuple[Node, bool]:
 
 def strip_aliases(node: Node) -> Node:
     """The node below any chain of aliases."""
-    while node.target in _ALIASES:
+    while node.target in ALIASES:
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -14,6 +14,7 @@ from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.rotate import RotatedTopK
 from sparse_compile.settings.sample import Sample
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "PruneSaved",
     "Report",
     "Reuse",
+    "RotatedTopK",
     "Sample",
     "Schedule",
     "SparseBackend",

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import Graph, GraphModule
 
-from sparse_compile import compilers, naming, passes
+from sparse_compile import compilers, naming, passes, selection
 from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that the passes insert)
 from sparse_compile import pack_ops as _pack_ops  # noqa: F401
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.passes import graph as graph_tools
 from sparse_compile.report import Report, make_report
+from sparse_compile.rotation import Rotation
 from sparse_compile.runtime import Runtime
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.monitor import Monitor
@@ -81,17 +82,20 @@ class SparseBackend:
         names = {parameter.position: parameter.name for parameter in parameters}
         linears = list(passes.linears_called(gm, names))
         blocks = self._mark_blocks(gm)
+        handed_over = self._handed_over(self._runtime.owner(anchor, example_inputs), names.values())
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
-            sites, saved = passes.rewrite(graph, names, linears, blocks, self.schedule.saved_activations)
+            sites, saved = passes.rewrite(
+                graph, names, linears, blocks, self.schedule.saved_activations, handed_over
+            )
             self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:
                 self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
                 self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
 
         if self._compiler == "inductor":
-            key = None if self._debug else self._cache_key(gm, names, blocks)
+            key = None if self._debug else self._cache_key(gm, names, [blocks, handed_over])
             patches = dict(options or {})
             compiled = compilers.with_inductor(gm, example_inputs, rewrite, key, mode=mode, options=patches)
         else:
@@ -121,6 +125,11 @@ class SparseBackend:
     @step.setter
     def step(self, step: int) -> None:
         self._runtime.clock.step = step
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The weights with sparse gradients, for `sparse_compile.optim`; None if the schedule has none."""
+        return self._runtime.rotation
 
     def report(self) -> Report:
         """What was matched, rewritten and left alone so far, and why; see :class:`Report`."""
@@ -160,6 +169,8 @@ class SparseBackend:
             paths = naming.module_paths(root)
             self.schedule.check_patterns(paths)
             self.schedule.check_where(paths, (type(module).__name__ for module in root.modules()))
+            if self.schedule.weight_gradients is not None:
+                selection.chosen_layers(root, self.schedule.weight_gradients)
             counts = naming.block_counts(root)
             if counts:
                 self.schedule.check_blocks(max(counts))
@@ -170,11 +181,28 @@ class SparseBackend:
         """Mark the ends of the model's blocks, if the schedule does anything there."""
         return [] if self.schedule.blocks is None else passes.mark_blocks(gm, self.schedule.blocks.where)
 
-    def _cache_key(self, gm: GraphModule, names: dict[int, str], blocks: list[str]) -> str:
+    def _handed_over(self, owner: naming.Owner, parameters: Iterable[str]) -> list[str]:
+        """The layers in this graph, by their names there, whose weight gradients go to the runtime."""
+        root = None if owner.root is None else owner.root()
+        method = self.schedule.weight_gradients
+        if root is None or method is None:
+            return []
+        chosen = selection.chosen_layers(root, method)
+        layers = sorted({naming.layer_of(name) for name in parameters})
+        names = {layer: owner.full_name(layer) for layer in layers}
+        return [layer for layer, name in names.items() if name in chosen and not self._left_out(name, root)]
+
+    def _left_out(self, name: str, root: nn.Module) -> bool:
+        """Whether `exclude`, `include` or `skip_layers` take a layer out."""
+        block = naming.block_of(name, root)
+        skipped = block is not None and bool(self.schedule.skip_layers) and self.schedule.skips_block(*block)
+        return skipped or self.schedule.reason_left_out(name) is not None
+
+    def _cache_key(self, gm: GraphModule, names: dict[int, str], marked: list[list[str]]) -> str:
         """All that the compiled graph depends on beyond the graph: our source, the schedule, and the names,
         which are in the graph's manifest but in no key of Inductor's."""
         paths = [graph_tools.module_path(node) for node in gm.graph.nodes]
-        parts = [passes.source_hash(), self.schedule.to_dict(), sorted(names.items()), paths, blocks]
+        parts = [passes.source_hash(), self.schedule.to_dict(), sorted(names.items()), paths, marked]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _look_again_after_backward(self, outputs: Any) -> None:

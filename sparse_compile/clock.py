@@ -64,7 +64,8 @@ class Clock:
 
     def backward_began(self) -> None:
         self._backwards += 1
-        if self._backwards == _PATIENCE and self.step == 0 and self._schedule.total_steps is not None:
+        waiting = self._schedule.total_steps is not None or self._schedule.weight_gradients is not None
+        if self._backwards == _PATIENCE and self.step == 0 and waiting:
             warnings.warn(
                 f"{_PATIENCE} backwards and no step of a torch.optim optimizer: the schedule stays at "
                 "step 0. With an optimizer of another kind, set `backend.step` after each step.",

@@ -14,6 +14,7 @@ from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
 from sparse_compile.phases import parse_n_m
+from sparse_compile.rotation import RotatedWeight
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
@@ -26,13 +27,18 @@ Estimates = tuple[Estimate, Estimate]
 
 
 class LinearSite(Site):
-    """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O)."""
+    """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O).
+
+    Attributes:
+        rotated: where its weight gradient goes if the graph hands it over, or None.
+    """
 
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
         self._device: DeviceLinear | None = None
+        self.rotated: RotatedWeight | None = None
 
     def linear_backward(
         self,
@@ -44,6 +50,7 @@ class LinearSite(Site):
         dw_transposed: bool,
         phase: Phase | None,
         use: Use = (0, 0),
+        handed_over: bool = False,
     ) -> tuple[kernel.DistinctRows | None, Tensor | None]:
         """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
 
@@ -55,6 +62,7 @@ class LinearSite(Site):
             dw_transposed: return dW as [I, O].
             phase: what the schedule says of this step; None is exact.
             use: whose base it is.
+            handed_over: give dW to ``rotated``, and return None for it.
         """
         (n, outputs), inputs = dy.shape, next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, outputs)
@@ -67,7 +75,7 @@ class LinearSite(Site):
         if self.left_alone:
             self.method = "dense"
             zero, estimates = 0, (dy, dy)
-        elif method is None or self._share(method) == 1.0:
+        elif method is None or self._share(method) == 1.0 or not self._pays(method):
             self.method = "exact"
             zero, estimates = self._exactly(dy)
         elif isinstance(method, Reuse):
@@ -77,11 +85,15 @@ class LinearSite(Site):
             self.method = method.method
             zero, estimates = self._sample(dy, x, method, use)
         for_dx, for_dw = estimates
-        self._count(zero, None if w is None else for_dx, None if x is None else for_dw)
+        rotating = handed_over and self.rotated is not None and self.rotated.entries is not None
+        self._count(zero, None if w is None else for_dx, None if x is None else for_dw, rotating)
         multiply = kernel.backward
         if self._device is not None and not self.left_alone:
             multiply = self._device.backward
-        dx, dw = multiply(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
+        dx, dw = multiply(dy, None if rotating else x, w, for_dx, for_dw, dw_transposed=dw_transposed)
+        if handed_over:
+            self._hand_over(dy, x, dw, for_dw)
+            dw = None
         if self._device is not None:
             self.kernel = self._device.kernel
         if telemetry := self.watched():
@@ -90,15 +102,47 @@ class LinearSite(Site):
             self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
 
+    def _hand_over(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, for_dw: Estimate) -> None:
+        """Give the weight gradient away: dW [O, I] in the calibration, then the corner of the rotated one."""
+        if self.rotated is None:
+            raise RuntimeError(
+                f"The gradient of '{self.name}' is for an optimizer of sparse_compile.optim, and the model "
+                "or backend that its graph was compiled for is gone, or was not found when it ran."
+            )
+        if dw is not None:
+            self.rotated.accept_dense(dw)
+        elif x is not None:
+            self.rotated.accept(self.rotated.basis.gradient(*kernel.contracted(dy, x, for_dw)))
+
+    @property
+    def density(self) -> float:
+        return 1.0 if self.rotated is None else self.rotated.density
+
+    def note(self, phase: Phase) -> str:
+        if phase.linear is not None and not self.held_back and not self._pays(phase.linear):
+            return "sampling would cost more than it saves at this size and share: only zero rows are skipped"
+        return "" if self.rotated is None else self.rotated.note
+
     def keep(self, phase: Phase) -> float:
         method = phase.linear
-        return 1.0 if method is None or self.left_alone or self.held_back else round(self._share(method), 6)
+        if method is None or self.left_alone or self.held_back or not self._pays(method):
+            return 1.0
+        return round(self._share(method), 6)
 
     def _share(self, method: Reuse | Sample | Adaptive) -> float:
         """The share that a method keeps at this step; an adaptive one's is of the rows that are not zero."""
         if isinstance(method, Adaptive):
             return self.controller.row_share(self.name)
         return cast(float, method.keep)
+
+    def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
+        """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A share
+        that the user has fixed is kept to."""
+        if not isinstance(method, Adaptive) or not self.shape:
+            return True
+        rows, inputs, outputs = self.shape
+        skipped = rows - number_kept(self._share(method), rows)
+        return skipped >= exact.fewest_to_skip(rows, inputs, outputs, products=1)
 
     def _exactly(self, dy: Tensor) -> tuple[int, Estimates]:
         """The number of rows skipped as zero, as far as the host knows, and dY without them."""
@@ -188,7 +232,7 @@ class LinearSite(Site):
             seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
         telemetry.observe(self.name, self.method, seen)
 
-    def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None) -> None:
+    def _count(self, zero: int, for_dx: Estimate | None, for_dw: Estimate | None, rotating: bool) -> None:
         n, inputs, outputs = self.shape
         # Rows that the device alone has counted are taken as computed here, and taken off by settle().
         computed = [
@@ -203,6 +247,9 @@ class LinearSite(Site):
         self.counters.flops_forward += 2 * n * outputs * inputs
         self.counters.flops_backward_dense += 2 * n * outputs * inputs * len(computed)
         self.counters.flops_backward += 2 * sum(computed) * outputs * inputs
+        if rotating and for_dw is not None and self.rotated is not None:
+            rotated = self.rotated.basis.flops(computed[-1])
+            self.counters.flops_backward += rotated - 2 * computed[-1] * outputs * inputs
 
     def settle(self) -> None:
         if self._device is not None:

@@ -55,6 +55,13 @@ def clean(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def layer_of(parameter: str) -> str:
+    """The name of the layer that a parameter belongs to: its module's, or its own where it is not called
+    ``weight`` or ``bias``."""
+    owner, _, leaf = parameter.rpartition(".")
+    return owner if owner and leaf in ("weight", "bias") else parameter
+
+
 def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> list[NamedInput]:
     """The inputs of a Dynamo graph that are a module's parameters.
 

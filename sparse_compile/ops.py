@@ -6,12 +6,13 @@
     it finds the way back from any later backward, whichever model, copy or backend that belongs to.
     ``anchor`` is any input of the graph; it is not read and only keeps compilers from folding a constant.
 
-``linear_backward(token, dy, x, w, site, tokens, dw_transposed) -> (rows, index, dw)``
+``linear_backward(token, dy, x, w, site, tokens, dw_transposed, handed_over=False) -> (rows, index, dw)``
     dY [N, O], X [N, I] or None (then dw is empty), W [O, I] or None (then rows and index are empty); see
     ``passes/linear.py``. ``site`` is a position in the graph's manifest, ``tokens`` the rows of a sample.
     dX is ``rows[index]``: rows [N + 1, I] holds its distinct rows, index int64 [N] says which of them stands
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
-    of dX need never be written. Rows that the index does not name hold anything.
+    of dX need never be written. Rows that the index does not name hold anything. With ``handed_over`` dW goes
+    to the site, and what is returned for it is empty.
 
 ``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
@@ -60,7 +61,7 @@ _library.define(
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
-    " bool dw_transposed) -> (Tensor, Tensor, Tensor)",
+    " bool dw_transposed, bool handed_over=False) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
@@ -83,6 +84,8 @@ _library.define(
 
 # Keeps partitioners from moving it to the backward, which is the only user of its result.
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.begin.default)
+# Nothing reads its results where dX is not asked for and dW is handed over.
+torch.fx.node.has_side_effect(torch.ops.sparse_compile.linear_backward.default)
 
 
 @torch.library.impl(_library, "begin", "CompositeExplicitAutograd")
@@ -92,9 +95,16 @@ def _begin(anchor: Tensor, manifest: str) -> Tensor:
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(
-    token: Tensor, dy: Tensor, x: Tensor | None, w: Tensor | None, site: int, tokens: int, dw_transposed: bool
+    token: Tensor,
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    site: int,
+    tokens: int,
+    dw_transposed: bool,
+    handed_over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer, use, phase = runtime.find(token.tolist(), site) or (LinearSite(""), (0, 0), None)
+    layer, use, phase = runtime.find(token.tolist(), site) or (LinearSite("?"), (0, 0), None)
     assert isinstance(layer, LinearSite)
     dx, dw = layer.linear_backward(
         *(dy, x, w),
@@ -102,6 +112,7 @@ def _linear_backward(
         dw_transposed=dw_transposed,
         phase=phase,
         use=use,
+        handed_over=handed_over,
     )
     rows, index = dx or (dy.new_empty(0), dy.new_empty(0, dtype=torch.int64))
     return rows, index, dy.new_empty(0) if dw is None else dw
@@ -158,11 +169,18 @@ def _begin_fake(anchor: Tensor, manifest: str) -> Tensor:
 
 @torch.library.register_fake("sparse_compile::linear_backward")
 def _linear_backward_fake(
-    token: Tensor, dy: Tensor, x: Tensor | None, w: Tensor | None, site: int, tokens: int, dw_transposed: bool
+    token: Tensor,
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    site: int,
+    tokens: int,
+    dw_transposed: bool,
+    handed_over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0] + 1, w.shape[1])
     index = dy.new_empty(0 if w is None else dy.shape[0], dtype=torch.int64)
-    if x is None:
+    if x is None or handed_over:
         return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
     return rows, index, dy.new_empty(shape)

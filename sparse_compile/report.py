@@ -38,6 +38,7 @@ class SiteReport:
         reason: why not, or why it gets another method than the schedule's.
         calls: how often it is used in one forward.
         kernel: on a GPU, what its last products ran on: ``"aten"`` or ``"triton"``, whichever was faster.
+        density: the share of the weight's entries that a step updates; below 1 if the gradient is rotated.
         rows: rows of dY in all backwards so far; of an attention, queries of a sample.
         rows_skipped: how many of those were zero and skipped exactly.
         rows_computed: how many took part in the products, with rows of the base and rows that fill up.
@@ -54,6 +55,7 @@ class SiteReport:
     reason: str
     calls: int
     kernel: str = ""
+    density: float = 1.0
     rows: int = 0
     rows_skipped: int = 0
     rows_computed: int = 0
@@ -171,7 +173,9 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
         site.name,
         site.kind,
         " × ".join(map(str, site.shape)),
-        f"{site.method}, {site.kernel}" if site.kernel else site.method,
+        ", ".join(
+            filter(None, (site.method, site.kernel, f"dW {site.density:.2%}" if site.density < 1 else ""))
+        ),
         f"{site.keep:.2f}",
         f"{site.rows_skipped / site.rows:.0%}" if site.rows else "",
         f"{site.flops_backward_dense / 1e9:.3f}",
@@ -270,6 +274,7 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
         kernel=site.kernel,
         keep=site.keep(runtime.clock.phase),
         rewritten=site.left_alone is None,
+        density=site.density,
         reason=site.left_alone or site.held_back or site.note(runtime.clock.phase) or first.reason,
         rows=done.rows,
         rows_skipped=done.rows_zero,

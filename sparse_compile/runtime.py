@@ -31,6 +31,7 @@ from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
+from sparse_compile.rotation import Rotation
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
 from sparse_compile.site import Site
@@ -98,6 +99,8 @@ class Runtime:
         self.controller = Controller(schedule)
         self.clock = Clock(schedule, end_of_step=self.controller.end_of_step)
         self.telemetry = None if monitor is None else Telemetry(monitor.every, self.clock)
+        method = schedule.weight_gradients
+        self.rotation = None if method is None else Rotation(method, str(seed), lambda: self.clock.step)
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}
         self.saved: dict[str, list[SavedRecord]] = {}
@@ -175,6 +178,8 @@ class Runtime:
         for name, site in self.sites.items():
             if name.partition("@")[2] == (str(copy) if copy else ""):
                 site.forget()
+                if self.rotation is not None:
+                    self.rotation.forget(name)
 
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None
@@ -194,8 +199,20 @@ class Runtime:
                     held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
                 kind = "attention" if record.name in attentions else record.kind
                 self._add_site(record.name, kind, path, held_back, block)
+            if record.handed_over:
+                self._take_gradient(record, path, root)
             sites.append(self.sites[record.name])
         return sites
+
+    def _take_gradient(self, record: SiteRecord, path: str, root: nn.Module | None) -> None:
+        """Make the weight of a layer known whose gradient is handed over."""
+        parameters = (
+            {naming.clean(name): p for name, p in root.named_parameters()} if root is not None else {}
+        )
+        weight = parameters.get(f"{path}.weight", parameters.get(path))
+        site = self.sites[record.name]
+        if weight is not None and self.rotation is not None and isinstance(site, LinearSite):
+            site.rotated = self.rotation.add(record.name, weight, transposed=record.handed_over == "I O")
 
     def _in_skipped_block(self, block: tuple[int, int] | None) -> str | None:
         if not self.schedule.skip_layers or block is None or not self.schedule.skips_block(*block):
@@ -240,6 +257,7 @@ class Runtime:
             "step": self.clock.step,
             "sites": {**self._pending, **sites},
             "controller": self.controller.state_dict(),
+            "rotation": {} if self.rotation is None else self.rotation.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -248,6 +266,8 @@ class Runtime:
         self.clock.step = state["step"]
         self._pending = dict(state["sites"])
         self.controller.load_state_dict(state["controller"])
+        if self.rotation is not None:
+            self.rotation.load_state_dict(state["rotation"])
         for name, site in self.sites.items():
             site.seed = self._seed_of_rank()
             site.load_state_dict(self._pending.pop(name, {}))

@@ -21,9 +21,10 @@ from sparse_compile.phases import Ratio
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.rotate import RotatedTopK
 from sparse_compile.settings.sample import Sample
 
-Method: TypeAlias = Reuse | Sample | Adaptive | PruneSaved  # the union of all method classes
+Method: TypeAlias = Reuse | Sample | Adaptive | PruneSaved | RotatedTopK  # the union of all method classes
 
 # What each field of a Schedule accepts besides None, which is the exact gradient. A further method is
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
@@ -32,7 +33,7 @@ METHODS: dict[str, tuple[type[Method], ...]] = {
     "attention": (Reuse,),
     "blocks": (Sample, Adaptive),
     "saved_activations": (PruneSaved,),
-    "weight_gradients": (),
+    "weight_gradients": (RotatedTopK,),
 }
 
 
@@ -46,7 +47,7 @@ class Phase:
     attention: Reuse | None
     blocks: Sample | Adaptive | None
     saved_activations: PruneSaved | None
-    weight_gradients: None
+    weight_gradients: RotatedTopK | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class Schedule:
             Rows are reused only where that is faster than to compute all of them; else a step is exact.
         saved_activations: how what is saved for backward is pruned, a `PruneSaved`, in all modules:
             `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
-        weight_gradients: only None in this version.
+        weight_gradients: which entries of the weights' gradients are kept, a `RotatedTopK`; it needs an
+            optimizer of `sparse_compile.optim`. None keeps all.
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -81,7 +83,7 @@ class Schedule:
     attention: Reuse | None = None
     blocks: Sample | Adaptive | None = None
     saved_activations: PruneSaved | None = None
-    weight_gradients: None = None
+    weight_gradients: RotatedTopK | None = None
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
     skip_layers: int | Sequence[int] = ()
@@ -96,6 +98,7 @@ class Schedule:
         if self.total_steps is not None:
             store(self, "total_steps", integer("Schedule.total_steps", self.total_steps, at_least=1))
         self._check_ignored()
+        self._check_calibration()
         for field, method in self._methods().items():
             if method is not None and method.needs_total_steps and self.total_steps is None:
                 late = next(phase for phase in method.phases if phase[1] > 0)
@@ -163,6 +166,16 @@ class Schedule:
         `options` as in `exact`.
         """
         return replace(cls.exact(**options), saved_activations=PruneSaved(ratio))
+
+    @classmethod
+    def sparse_grad(cls, density: float = 0.01, **settings: Any) -> "Schedule":
+        """SparseGrad (Chekalina et al., EMNLP 2024): of the MLPs' weight gradients, 1 % in a rotated basis.
+
+        `settings` are those of `RotatedTopK`, and the options of `exact`.
+        """
+        known = [field.name for field in fields(RotatedTopK)]
+        own = {name: settings.pop(name) for name in known if name in settings}
+        return replace(cls.exact(**settings), weight_gradients=RotatedTopK(density, **own))
 
     def fraction(self, step: int) -> float:
         """The share of training done after `step` optimizer steps, in [0, 1]; 0.0 without `total_steps`.
@@ -276,6 +289,19 @@ class Schedule:
         if isinstance(self.blocks, Sample) and self.blocks.gradients != "both":
             raise wrong("Schedule.blocks's gradients", self.blocks.gradients, '"both"')
 
+    def _check_calibration(self) -> None:
+        """Refuse a calibration that never ends, and one method that another cannot be combined with."""
+        rotated = self.weight_gradients
+        if rotated is None or rotated.density == 1:
+            return
+        if self.total_steps is not None and rotated.calibration_steps >= self.total_steps:
+            allowed = f"an int below total_steps, {self.total_steps}: nothing would be left to train"
+            field = "Schedule.weight_gradients's calibration_steps"
+            raise wrong(field, rotated.calibration_steps, allowed)
+        if isinstance(self.linear, Adaptive) or isinstance(self.blocks, Adaptive):
+            allowed = "None: Sample.adaptive() measures the variance of whole weight gradients"
+            raise wrong("Schedule.weight_gradients", rotated, allowed)
+
     def _methods(self) -> dict[str, Method | None]:
         return {field: getattr(self, field) for field in METHODS}
 
@@ -312,8 +338,6 @@ def _check_method(field: str, value: object) -> None:
     accepted = METHODS[field]
     if value is None or isinstance(value, accepted):
         return
-    if not accepted:
-        raise ValueError(f"Schedule.{field}: {value!r} is not available in this version (only None is).")
     names = [cls.__name__ for cls in accepted]
     raise wrong(f"Schedule.{field}", value, f"None or {' or '.join(names)}, e.g. {field}={names[0]}(0.9)")
 

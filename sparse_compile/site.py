@@ -64,6 +64,11 @@ class Site:
         self.kernel = ""
         self.counters = Counters()
 
+    @property
+    def density(self) -> float:
+        """The share of the weight's entries that a step updates."""
+        return 1.0
+
     def keep(self, phase: Phase) -> float:
         """The share of the output gradient that ``phase`` lets this site compute."""
         raise NotImplementedError

@@ -28,6 +28,8 @@ class SiteRecord:
         rewritten: whether the backward was replaced by an op of ours.
         reason: why it was left alone, or what is particular about the rewrite; may be empty.
         call: 0 for the first use of a layer in one forward, 1 for its second, …
+        handed_over: ``"O I"`` or ``"I O"``, the layout of the weight, if the weight's gradient goes to the
+            runtime and not to autograd; else empty.
     """
 
     name: str
@@ -38,6 +40,7 @@ class SiteRecord:
     rewritten: bool
     reason: str = ""
     call: int = 0
+    handed_over: str = ""
 
 
 # What a packed tensor is to the backward; where it is several, the first of these counts.

@@ -46,7 +46,7 @@ def test_opcheck_begin(manifest: str) -> None:
 def test_opcheck_linear_backward(
     gradients: str, dw_transposed: bool, dtype: torch.dtype, zero_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_: 1)
+    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_, **__: 1)
     dy, x, w = tensors(dtype, zero_rows)
     arguments = (
         dy,
@@ -79,7 +79,9 @@ def test_without_a_backend_the_gradients_are_exact(
     zero_rows: int, dw_transposed: bool, skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a compiled model was saved and loaded elsewhere."""
-    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_: 1 if skip else ROWS + 1)
+    monkeypatch.setattr(
+        "sparse_compile.methods.exact.fewest_to_skip", lambda *_, **__: 1 if skip else ROWS + 1
+    )
     dy, x, w = tensors(torch.float64, zero_rows)
     rows, index, dw = linear_backward(token(), dy, x, w, 0, 1, dw_transposed)
     torch.testing.assert_close(rows[index], dy @ w)

@@ -197,7 +197,7 @@ def test_what_would_be_ignored_is_refused(fields, message):
     [
         ("attention", "Schedule.attention is Adaptive("),
         ("saved_activations", "Schedule.saved_activations is Adaptive("),
-        ("weight_gradients", "is not available in this version"),
+        ("weight_gradients", "allowed is None or RotatedTopK"),
     ],
 )
 def test_sampling_is_not_available_elsewhere(field, message):

@@ -28,13 +28,6 @@ def refused(*parts: str):
 # Schedule: methods
 
 
-@pytest.mark.parametrize("field", [field for field, accepted in METHODS.items() if not accepted])
-def test_field_without_methods_accepts_only_none(field):
-    assert getattr(Schedule(**{field: None}), field) is None
-    with refused(f"Schedule.{field}: Reuse(", "is not available in this version (only None is)."):
-        Schedule(**{field: Reuse(0.9)})
-
-
 @pytest.mark.parametrize("linear", [0.9, "2:4", DENSE_THEN_REUSE, Reuse, {"ratio": 0.9}, True])
 def test_linear_that_is_no_method_is_refused_with_a_hint(linear):
     with refused("Schedule.linear is ", "None or Reuse or Sample or Adaptive, e.g. linear=Reuse(0.9)"):

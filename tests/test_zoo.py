@@ -30,7 +30,7 @@ Gradients = dict[str, Tensor | None]
 @pytest.fixture(autouse=True)
 def _skip_whatever_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """In layers as small as the zoo's, gathering the rows that are not zero costs more than it saves."""
-    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_: 1)
+    monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip", lambda *_, **__: 1)
     monkeypatch.setattr("sparse_compile.methods.exact.fewest_to_skip_in_attention", lambda *_, **__: 0)
 
 

@@ -86,13 +86,28 @@ def input_gradient_of_rows(compact: Tensor, w: Tensor, rows: Rows, n: int) -> Di
 
 
 def weight_gradient_of_rows(compact: Tensor, x: Tensor, rows: Rows, *, transposed: bool) -> Tensor:
-    """dW = Ŷᵀ · X: inputs whose rows of Ŷ are the same base row are summed before they are multiplied."""
+    """dW = Ŷᵀ · X."""
+    return weight_gradient(compact, inputs_of_rows(x, rows), transposed=transposed)
+
+
+def contracted(dy: Tensor, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
+    """The rows [r, O] and [r, I] whose product is dW, for what is made of it by other ways than ATen's."""
+    if not isinstance(estimate, Rows):
+        return estimate, x
+    if estimate.padded:  # how many rows there are only the device knows; the rest are zero, and harmless
+        return dy, x
+    return gather(dy, estimate), inputs_of_rows(x, estimate)
+
+
+def inputs_of_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Of X [N, I] what the distinct rows of Ŷ are multiplied by, [k + T, I]: inputs whose rows of Ŷ are the
+    same base row are summed."""
     inputs = x.new_empty(rows.computed, x.shape[1])
     k = rows.kept.numel()
     torch.index_select(x, 0, rows.kept, out=inputs[:k])
     if rows.base is not None and rows.dropped is not None:
         sum_dropped(x, rows, out=inputs[k:], kept=inputs[:k])
-    return weight_gradient(compact, inputs, transposed=transposed)
+    return inputs
 
 
 def sum_dropped(x: Tensor, rows: Rows, *, out: Tensor | None = None, kept: Tensor | None = None) -> Tensor:

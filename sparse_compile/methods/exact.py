@@ -64,14 +64,15 @@ def _any(x: Tensor, first: int) -> Tensor:
     return (x.amax(dims) != 0) | (x.amin(dims) != 0)
 
 
-def fewest_to_skip(rows: int, inputs: int, outputs: int) -> int:
+def fewest_to_skip(rows: int, inputs: int, outputs: int, products: int = 2) -> int:
     """From how many rows on it costs less to gather and scatter the others than to multiply all ``rows``.
 
     Moving one number costs as much as about 80 FLOPs of a matrix product (2 cores, AVX-512, float32); a
-    kept row moves O + I numbers, every row moves I, and a skipped one saves 4·I·O FLOPs.
+    kept row moves O + I numbers, every row moves I, and a skipped one saves 2·I·O FLOPs in each of the
+    ``products`` that skip it (dX and dW).
     """
     moved = 80 * rows * (outputs + 2 * inputs)
-    return moved // (4 * inputs * outputs + 80 * (outputs + inputs)) + 1
+    return moved // (2 * products * inputs * outputs + 80 * (outputs + inputs)) + 1
 
 
 def fewest_to_skip_in_attention(rows: int, keys: int, features: int, *, stored: bool, passes: int = 1) -> int:
