@@ -10,7 +10,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test train pretrain bench gpu
+.PHONY: help install lint test train pretrain peft bench gpu
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ train: $(STAMP) ## Fine-tune MiniLM on movie reviews, dense against sparse; writ
 
 pretrain: $(STAMP) ## Pretrain a small BERT on Shakespeare, dense against sparse; writes pretraining.png
 	$(BIN)/python examples/pretrain_mlm.py $(ARGS)
+
+peft: $(STAMP) ## Fine-tune few entries: LoRA, top-k and SparseGrad against full fine-tuning; writes peft.png
+	$(BIN)/python examples/finetune_peft.py $(ARGS)
 
 bench: $(STAMP) ## Time a training step against plain torch.compile
 	$(BIN)/python benchmarks/step_time.py $(ARGS)

@@ -1,0 +1,51 @@
+"""Adaptive sampling of rows is done where it saves time at the layer's shape, and is exact elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_compile import Sample, Schedule
+from sparse_compile.controller import Controller
+from sparse_compile.linear_site import LinearSite
+from sparse_compile.methods import exact
+
+SCHEDULE = Schedule(linear=Sample.adaptive())
+PHASE = SCHEDULE.at(1)  # no step that measures
+
+
+def site_with_share(share: float) -> LinearSite:
+    controller = Controller(SCHEDULE)
+    controller.load_state_dict({**controller.state_dict(), "row_shares": {"layer": share}})
+    return LinearSite("layer", seed=1, controller=controller)
+
+
+def backward(site: LinearSite, width: int, rows: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """dW and what it is without sampling."""
+    generator = torch.Generator().manual_seed(0)
+    dy, x = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    _, dw = site.linear_backward(dy, x, None, tokens=16, dw_transposed=False, phase=PHASE)
+    assert dw is not None
+    return dw, dy.t() @ x
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.9, 64), (0.5, 64), (0.95, 512)])
+def test_where_it_would_cost_more_than_it_saves_it_is_exact_and_says_so(share: float, width: int) -> None:
+    site = site_with_share(share)
+    dw, whole = backward(site, width)
+    torch.testing.assert_close(dw, whole)
+    assert (site.method, site.keep(PHASE), site.counters.rows_computed) == ("exact", 1.0, 256)
+    assert "cost more than it saves" in site.note(PHASE)
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.1, 64), (0.5, 512)])
+def test_where_it_saves_time_it_is_done(share: float, width: int) -> None:
+    site = site_with_share(share)
+    dw, whole = backward(site, width)
+    assert not torch.allclose(dw, whole, rtol=0.01)
+    assert (site.keep(PHASE), site.note(PHASE)) == (share, "")
+    assert site.counters.rows_computed == round(share * 256)
+
+
+def test_fewer_products_take_more_rows_to_pay() -> None:
+    assert exact.fewest_to_skip(2048, 768, 768, products=1) > exact.fewest_to_skip(2048, 768, 768)
