@@ -60,13 +60,13 @@ def ids(tmp_path: Path) -> texts.TokenIds:
 
 @pytest.fixture(autouse=True)
 def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def quickly(variant: Variant, model: Any) -> SparseBackend | None:
+    def quickly(variant: Variant, model: Any) -> tuple[Any, None, SparseBackend | None]:
         if variant.schedule is None:
             model.compile(backend="aot_eager")
-            return None
+            return model, None, None
         backend = sparse_backend(variant.schedule, compiler="aot_eager")
         model.compile(backend=backend)
-        return backend
+        return model, None, backend
 
     monkeypatch.setattr(_pretraining, "compile_with", quickly)
 

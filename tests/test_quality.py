@@ -96,14 +96,14 @@ def test_wrong_methods_are_refused(methods: str, message: str) -> None:
 # --- pretraining, whole ------------------------------------------------------------------------------------
 
 
-def quickly(variant: Any, model: Any) -> Any:
+def quickly(variant: Any, model: Any) -> tuple[Any, None, Any]:
     """Compile without Inductor."""
     if variant.schedule is None:
         model.compile(backend="aot_eager")
-        return None
+        return model, None, None
     backend = sparse_backend(variant.schedule, compiler="aot_eager")
     model.compile(backend=backend)
-    return backend
+    return model, None, backend
 
 
 @pytest.fixture
