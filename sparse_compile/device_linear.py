@@ -19,6 +19,7 @@ from torch import Tensor
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
 from sparse_compile.later import Later
+from sparse_compile.looks import Looks
 from sparse_compile.methods import on_device as methods
 from sparse_compile.methods.rows import Estimate, Rows, number_kept
 from sparse_compile.methods.sample import Draw
@@ -51,16 +52,14 @@ class DeviceLinear:
         self._tally = Tally()
         self._last_look: tuple[Later, int] | None = None  # how many rows were alive, of how many
         self._expected = 1.0  # share of live rows
-        self._pause = 0
-        self._passed = 0
+        self._looks = Looks(_LONGEST_PAUSE)
 
     def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
         """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay."""
         if 4 * dy.numel() * inputs < _WORTH_LOOKING:
             return None
         worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
-        if not worth_it and self._passed < self._pause:
-            self._passed += 1
+        if not worth_it and not self._looks.due():
             return None
         rows = on_device.live_rows(dy)
         assert rows.count is not None
@@ -68,8 +67,7 @@ class DeviceLinear:
         self._last_look = Later(rows.count), max(len(dy), 1)
         if first:
             worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
-        self._passed = 0
-        self._pause = 0 if worth_it else min(2 * self._pause + 1, _LONGEST_PAUSE)
+        self._looks.found(worth_it)
         return rows if worth_it else None
 
     def _share_of_last_look(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels import on_device
+from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
@@ -21,6 +22,9 @@ from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
 from sparse_compile.telemetry import Observed, Telemetry
+
+# Backwards between two looks for rows that are zero, at most.
+_LONGEST_PAUSE = 7
 
 # Estimates of dY, the one that dX and the one that dW is computed from.
 Estimates = tuple[Estimate, Estimate]
@@ -37,6 +41,7 @@ class LinearSite(Site):
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
+        self._looks = Looks(_LONGEST_PAUSE)
         self._device: DeviceLinear | None = None
         self.rotated: RotatedWeight | None = None
 
@@ -149,7 +154,10 @@ class LinearSite(Site):
         if self._device is not None:
             estimate = self._device.live_rows(dy, self.shape[1])
             return 0, (dy, dy) if estimate is None else (estimate, estimate)
+        if not self._looks.due():
+            return 0, (dy, dy)
         live = exact.live_rows(dy, exact.fewest_to_skip(*self.shape))
+        self._looks.found(live is not None)
         if live is None:
             return 0, (dy, dy)
         rows = exact.rows(live)
@@ -262,11 +270,12 @@ class LinearSite(Site):
         self._memory.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._memory.state_dict(), "draws": self._draws}
+        return {**self._memory.state_dict(), "draws": self._draws, "looks": self._looks.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state)
         self._draws = state.get("draws", 0)
+        self._looks.load(state.get("looks", [0, 0]))
 
 
 def _is_exact(estimate: Estimate, dy: Tensor) -> bool:
