@@ -9,7 +9,7 @@
 ``linear_backward(token, dy, x, w, site, tokens, dw_transposed, handed_over=False) -> (rows, index, dw)``
     dY [N, O], X [N, I] or None (then dw is empty), W [O, I] or None (then rows and index are empty); see
     ``passes/linear.py``. ``site`` is a position in the graph's manifest, ``tokens`` the rows of a sample.
-    dX is ``rows[index]``: rows [N + 1, I] holds its distinct rows, index int64 [N] says which of them stands
+    dX is ``rows[index]``: rows [N, I] holds its distinct rows, index int64 [N] says which of them stands
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
     of dX need never be written. Rows that the index does not name hold anything. With ``handed_over`` dW goes
     to the site, and what is returned for it is empty.
@@ -178,7 +178,7 @@ def _linear_backward_fake(
     dw_transposed: bool,
     handed_over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0] + 1, w.shape[1])
+    rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0], w.shape[1])
     index = dy.new_empty(0 if w is None else dy.shape[0], dtype=torch.int64)
     if x is None or handed_over:
         return rows, index, dy.new_empty(0)

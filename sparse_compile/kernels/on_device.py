@@ -64,7 +64,7 @@ def backward(
 
 
 def input_gradient_of_rows(dy: Tensor, w: Tensor, rows: Rows) -> DistinctRows:
-    """dX = Ŷ · W, with dY [N, O] and W [O, I]. ``rows`` has a count, and k + T ≤ N."""
+    """dX = Ŷ · W, with dY [N, O] and W [O, I]. ``rows`` has a count, and k + T < N if it has a base."""
     from sparse_compile.kernels.triton.input_gradient import input_gradient
 
     assert rows.count is not None
@@ -76,17 +76,17 @@ def input_gradient_of_rows(dy: Tensor, w: Tensor, rows: Rows) -> DistinctRows:
 
 
 def _index(rows: Rows, n: int) -> Tensor:
-    """Where in the products each row of dX stands, int64 [N]; the row of zeros is at N."""
+    """Where in the products each row of dX stands, int64 [N]; the row of zeros is at N − 1."""
     if rows.slot is not None:
         return rows.slot
     assert rows.count is not None
     device, k = rows.kept.device, len(rows.kept)
-    index = torch.full((n + 1,), n, device=device)
+    # One more entry, which nobody reads: what is beyond the count is written there.
+    index = torch.full((n + 1,), n - 1, device=device)
     if rows.base is not None and rows.dropped is not None:
         of_token = torch.arange(k, k + len(rows.base), device=device)
-        index[:n] = torch.where(rows.dropped.view(-1, len(of_token)), of_token, n).view(-1)
+        index[:n] = torch.where(rows.dropped.view(-1, len(of_token)), of_token, n - 1).view(-1)
     slots = torch.arange(k, device=device)
-    # What is beyond the count is written to the one entry that nobody reads.
     index.scatter_(0, torch.where(slots < rows.count, rows.kept.long(), n), slots)
     return index[:n]
 

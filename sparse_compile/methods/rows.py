@@ -23,7 +23,7 @@ class Rows:
         count: int32 [1], or None: all of ``kept`` count. With a count, only its first ``count`` entries do,
             and are ascending. The others fill a buffer of a fixed size, so that the host need not know the
             number: rows that are zero, with scale 0, or, where it is ``padded``, anything.
-        slot: int64 [N], where in ``kept`` a row stands, or N if it does not; None if nobody has counted.
+        slot: int64 [N], where in ``kept`` a row stands, or N − 1 if it does not; None if nobody has counted.
     """
 
     kept: Tensor

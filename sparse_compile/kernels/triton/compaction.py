@@ -24,7 +24,7 @@ def _compact(live, kept, count, slot, n, BLOCK: tl.constexpr):
         flag = (tl.load(live + rows, mask=there, other=0) != 0).to(tl.int32)
         place = found + tl.cumsum(flag, axis=0) - 1
         tl.store(kept + place, rows, mask=flag != 0)
-        tl.store(slot + rows, tl.where(flag != 0, place, n).to(tl.int64), mask=there)
+        tl.store(slot + rows, tl.where(flag != 0, place, n - 1).to(tl.int64), mask=there)
         found += tl.sum(flag, axis=0)
     tl.store(count, found)
 

@@ -50,10 +50,11 @@ def _gather_matmul(
     row_tiles = tl.cdiv(live, BLOCK_M)
     column_tiles = tl.cdiv(inputs, BLOCK_N)
 
-    if program < column_tiles:
+    # If all rows are live, the last one holds products, and nothing points at a row of zeros.
+    if program < column_tiles and live < n:
         at = program * BLOCK_N + tl.arange(0, BLOCK_N)
         zero = tl.zeros((BLOCK_N,), products.dtype.element_ty)
-        tl.store(products + tl.cast(n, tl.int64) * inputs + at, zero, mask=at < inputs)
+        tl.store(products + tl.cast(n - 1, tl.int64) * inputs + at, zero, mask=at < inputs)
     if program >= row_tiles * column_tiles:
         return
 
@@ -104,11 +105,12 @@ def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Te
         scale: [C], or None.
 
     Returns:
-        [N + 1, I]: products, in the order of ``kept``; then rows that are not written; then a row of zeros.
+        [N, I]: products, in the order of ``kept``; then rows that are not written; then, if ``count`` < N, a
+        row of zeros.
     """
     (n, outputs), inputs = dy.shape, w.shape[1]
-    products = dy.new_empty(n + 1, inputs)
-    if inputs == 0:
+    products = dy.new_empty(n, inputs)
+    if products.numel() == 0:
         return products
 
     def grid(tile: dict[str, int]) -> tuple[int]:

@@ -28,13 +28,13 @@ def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         (kept int32 [N], padded with zeros; count int32 [1]; slot int64 [N], where in ``kept`` a row stands,
-        or N if it does not).
+        or N − 1 if it does not).
     """
     n = len(live)
     rows = live.nonzero().squeeze(1)
     kept = torch.zeros(n, dtype=torch.int32, device=live.device)
     kept[: len(rows)] = rows.int()
-    slot = torch.full((n,), n, device=live.device)
+    slot = torch.full((n,), n - 1, device=live.device)
     slot[rows] = torch.arange(len(rows), device=live.device)
     return kept, torch.tensor([len(rows)], dtype=torch.int32, device=live.device), slot
 
@@ -42,7 +42,7 @@ def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Tensor | None = None) -> Tensor:
     """Products [count + 1, I]: scale_j · dY_(kept_j) · W in float32, then a row of zeros.
 
-    (The kernel puts that last row at N, and leaves the rows between as they are.)
+    (The kernel puts that last row at N − 1, if it is not taken, and leaves the rows between as they are.)
     """
     rows = kept[: int(count)].long()
     products = dy[rows].float() @ w.float()

@@ -1,0 +1,57 @@
+"""Looks for rows that are zero become rare where they find none, and a resumed run goes on with them."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_compile.linear_site import LinearSite
+from sparse_compile.looks import Looks
+
+
+def steps_with_a_look(found: list[bool], longest: int = 7) -> list[int]:
+    looks, at = Looks(longest), []
+    for step, enough in enumerate(found):
+        if looks.due():
+            at.append(step)
+            looks.found(enough)
+    return at
+
+
+def test_every_step_while_they_find_enough() -> None:
+    assert steps_with_a_look([True] * 5) == [0, 1, 2, 3, 4]
+
+
+def test_ever_longer_pauses_up_to_the_longest_while_they_do_not() -> None:
+    assert steps_with_a_look([False] * 40) == [0, 2, 6, 14, 22, 30, 38]
+
+
+def test_at_once_again_when_one_has_found_enough() -> None:
+    assert steps_with_a_look([False, False, False, False, False, False, True, True, False, True, True]) == [
+        *(0, 2, 6, 7, 8, 10)
+    ]
+
+
+def skipped(site: LinearSite, *, padded: bool) -> bool:
+    """Whether a backward skips rows."""
+    dy, x = (torch.randn(512, 256, dtype=torch.float64) for _ in range(2))
+    if padded:
+        dy[::2] = 0
+    before = site.counters.rows_computed
+    _, dw = site.linear_backward(dy, x, None, tokens=1, dw_transposed=False, phase=None)
+    torch.testing.assert_close(dw, dy.t() @ x)
+    return site.counters.rows_computed - before < 512
+
+
+def test_a_layer_skips_what_it_looked_for_and_goes_on_where_it_was_saved() -> None:
+    site, resumed = LinearSite("layer"), LinearSite("layer")
+    assert [skipped(site, padded=padded) for padded in (True, False, True, True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert not skipped(site, padded=False)
+    resumed.load_state_dict(site.state_dict())
+    assert [skipped(resumed, padded=True) for _ in range(2)] == [False, True]
+    resumed.load_state_dict({})
+    assert skipped(resumed, padded=True)
