@@ -227,40 +227,34 @@ def _load_reviews() -> tuple[list[str], list[int]]:
     return train.texts, train.labels
 
 
+_BERT_BASE = Preset(
+    name="bert-base",
+    summary="BERT-base's layers with random weights, a loss on every token: nothing is exactly zero",
+    build=_bert,
+    batches=_labelled_tokens,
+    methods="exact,reuse:0.9,attention-reuse:0.9+reuse:0.9,sample:0.1,eager-resprop:0.9",
+    batch=16,
+    tokens=128,
+    layers=2,
+    hidden=768,
+    heads=12,
+    kv_heads=12,
+    intermediate=3072,
+    vocab=30522 * 2 // 12,
+    classes=9,
+)
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset(
-            name="bert-base",
-            summary="BERT-base's layers with random weights, a loss on every token: nothing is exactly zero",
-            build=_bert,
-            batches=_labelled_tokens,
-            methods="exact,reuse:0.9,attention-reuse:0.9+reuse:0.9,sample:0.1,eager-resprop:0.9",
-            batch=16,
-            tokens=128,
-            layers=2,
-            hidden=768,
-            heads=12,
-            kv_heads=12,
-            intermediate=3072,
-            vocab=30522 * 2 // 12,
-            classes=9,
-        ),
-        Preset(
+        _BERT_BASE,
+        replace(
+            _BERT_BASE,
             name="bert-long",
             summary="the same with 4 × 512 tokens: attention is a third of the backward",
-            build=_bert,
-            batches=_labelled_tokens,
             methods="exact,attention-reuse:0.9,attention-reuse:0.9+reuse:0.9,sample:0.1",
             batch=4,
             tokens=512,
-            layers=2,
-            hidden=768,
-            heads=12,
-            kv_heads=12,
-            intermediate=3072,
-            vocab=30522 * 2 // 12,
-            classes=9,
         ),
         Preset(
             name="minilm-reviews",

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sparse_compile import Schedule, SparseBackend, sparse_backend
 
+COMPILER = "inductor"  # of every run
 CURVE_FILE = "curve.json"  # in a checkpoint: the times and evaluations so far
 
 
@@ -80,11 +81,11 @@ def compile_with(
     variant: Variant, model: Any
 ) -> tuple[Any, torch.optim.Optimizer | None, SparseBackend | None]:
     """The model compiled as the variant says, its optimizer if the variant brings one, and our backend."""
-    backend = None if variant.schedule is None else sparse_backend(variant.schedule)
+    backend = None if variant.schedule is None else sparse_backend(variant.schedule, compiler=COMPILER)
     optimizer = None
     if variant.prepare is not None:
         model, optimizer = variant.prepare(model, backend)
-    model.compile(backend="inductor" if backend is None else backend)
+    model.compile(backend=COMPILER if backend is None else backend)
     return model, optimizer, backend
 
 

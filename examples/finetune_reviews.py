@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import _plots
 import torch
 import typer
 from _finetuning import Recipe, Tokens, bundled_model, tokenize, train
-from _results import BASELINE, Results, footnotes, table
+from _present import present
+from _results import BASELINE, Results
 from _runs import CompiledTrainer, Variant, interleave, quieten
 from reviews import DataError, Split, load_hub, load_reviews
 from rich.console import Console
@@ -79,7 +79,8 @@ def main(
 
     results = Results(settings=settings)
     finished = run_all(results, make_variants(reuses, recipe.steps), recipe, tokens)
-    present(results, out, json_out)
+    title = figure_title(results.settings)
+    present(results, out, json_out, console, heading="Fine-tuning", unit="texts", title=title)
     raise typer.Exit(0 if finished else INTERRUPTED)
 
 
@@ -184,23 +185,11 @@ def run_all(results: Results, variants: list[Variant], recipe: Recipe, tokens: T
     return True
 
 
-def present(results: Results, out: Path, json_out: Path) -> None:
-    """Print the table, write the figure and the numbers."""
-    if not results.runs:
-        return
-    console.print()
-    console.print(table(results, "Fine-tuning"))
-    for line in footnotes(results, "texts"):
-        console.print(line, style="dim", highlight=False)
-    s = results.settings
-    seeds = "1 seed" if s["seeds"] == 1 else f"{s['seeds']} seeds, mean ± standard deviation"
-    title = (
+def figure_title(s: dict[str, Any]) -> str:
+    return (
         f"{s['model']} on {s['dataset']}: batch {s['batch_size']} × {s['max_length']} tokens, "
-        f"{s['padding']} padding, {s['train_samples']:,} training texts, {seeds}"
+        f"{s['padding']} padding, {s['train_samples']:,} training texts"
     )
-    _plots.draw(results, out, title)
-    results.write_json(json_out)
-    console.print(f"Curves in {out}, all numbers in {json_out}.", highlight=False)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import _plots
 import torch
 import torch.distributed as dist
 import typer
 from _download import DataError
+from _present import present
 from _pretraining import Recipe, clear, held_out_windows, train
-from _results import BASELINE, Results, footnotes, table
+from _results import BASELINE, Results
 from _runs import CompiledTrainer, Variant, interleave, quieten
 from rich.console import Console
 from texts import TokenIds, load_files, load_hub, load_shakespeare, tokenise
@@ -132,7 +132,17 @@ def main(
     results = Results(settings=settings, goal="loss")
     finished = run_all(results, variants, recipe, ids, held_out, checkpoints, resume)
     if is_first():
-        present(results, out, json_out)
+        title = figure_title(results.settings)
+        present(
+            results,
+            out,
+            json_out,
+            console,
+            heading="Pretraining",
+            unit="windows",
+            title=title,
+            across="steps",
+        )
     leave()
     raise typer.Exit(0 if finished else INTERRUPTED)
 
@@ -230,21 +240,9 @@ def run_all(
     return True
 
 
-def present(results: Results, out: Path, json_out: Path) -> None:
-    """Print the table, write the figure and the numbers."""
-    if not results.runs:
-        return
-    console.print()
-    console.print(table(results, "Pretraining"))
-    for line in footnotes(results, "windows"):
-        say(line, style="dim")
-    s = results.settings
-    seeds = "1 seed" if s["seeds"] == 1 else f"{s['seeds']} seeds, mean ± standard deviation"
-    batch = s["batch_size"] * s["accumulate"] * s["processes"]
-    title = f"{s['model']} on {s['dataset']}: {batch} × {s['length']} tokens a step, {seeds}"
-    _plots.draw(results, out, title, across="steps")
-    results.write_json(json_out)
-    say(f"Curves in {out}, all numbers in {json_out}.")
+def figure_title(settings: dict[str, Any]) -> str:
+    batch = settings["batch_size"] * settings["accumulate"] * settings["processes"]
+    return f"{settings['model']} on {settings['dataset']}: {batch} × {settings['length']} tokens a step"
 
 
 def world_size() -> int:

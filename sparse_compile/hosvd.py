@@ -14,6 +14,8 @@ import random
 import torch
 from torch import Tensor
 
+from sparse_compile.methods.rows import wide
+
 # Up to this size M is kept whole and its eigenvectors are exact: float32 [1024, 1024] is 4 MB.
 WHOLE = 1024
 
@@ -36,7 +38,7 @@ class Directions:
 
     def add(self, g: Tensor) -> None:
         """Add G [O, I]; sums are of its dtype, float32 at least."""
-        g = g.to(_wide(g.dtype))
+        g = g.to(wide(g.dtype))
         if self._omega is None:
             term = g @ g.t()
         else:
@@ -66,7 +68,3 @@ class Directions:
 def _orthonormal(rows: int, columns: int, seed: str) -> Tensor:
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

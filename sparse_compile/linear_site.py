@@ -142,8 +142,8 @@ class LinearSite(Site):
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
         """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A share
-        that the user has fixed is kept to."""
-        if not isinstance(method, Adaptive) or not self.shape:
+        that the user has fixed is kept to. (The costs are those of a CPU, on every device.)"""
+        if not isinstance(method, Adaptive) or not self.shape or self._share(method) == 1.0:
             return True
         rows, inputs, outputs = self.shape
         skipped = rows - number_kept(self._share(method), rows)

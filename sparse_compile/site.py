@@ -74,7 +74,8 @@ class Site:
         raise NotImplementedError
 
     def note(self, phase: Phase) -> str:
-        """Why what ``phase`` says is not done at the shape of the last backward; empty if it is."""
+        """For the report: why what ``phase`` says is not done at the shape of the last backward, or what
+        becomes of the weight gradient; may be empty."""
         return ""
 
     def watched(self) -> Telemetry | None:

@@ -19,12 +19,13 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # scripts, not a package
 
 import _pretraining
+import _runs
 import pretrain_mlm
 import texts
 from _pretraining import IGNORED, Recipe, Windows
 from _runs import Run, Variant
 
-from sparse_compile import Reuse, Sample, Schedule, SparseBackend, sparse_backend
+from sparse_compile import Reuse, Sample, Schedule
 from sparse_compile.integrations.transformers import STATE_FILE
 
 RECIPE = Recipe(
@@ -60,15 +61,7 @@ def ids(tmp_path: Path) -> texts.TokenIds:
 
 @pytest.fixture(autouse=True)
 def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def quickly(variant: Variant, model: Any) -> tuple[Any, None, SparseBackend | None]:
-        if variant.schedule is None:
-            model.compile(backend="aot_eager")
-            return model, None, None
-        backend = sparse_backend(variant.schedule, compiler="aot_eager")
-        model.compile(backend=backend)
-        return model, None, backend
-
-    monkeypatch.setattr(_pretraining, "compile_with", quickly)
+    monkeypatch.setattr(_runs, "COMPILER", "aot_eager")
 
 
 # --- data --------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts, not a package
 
+import _runs
 import quality
 import quality_tasks
 from texts import cut
 
-from sparse_compile import Sample, Schedule, sparse_backend
+from sparse_compile import Sample, Schedule
 
 # --- arithmetic --------------------------------------------------------------------------------------------
 
@@ -96,16 +97,6 @@ def test_wrong_methods_are_refused(methods: str, message: str) -> None:
 # --- pretraining, whole ------------------------------------------------------------------------------------
 
 
-def quickly(variant: Any, model: Any) -> tuple[Any, None, Any]:
-    """Compile without Inductor."""
-    if variant.schedule is None:
-        model.compile(backend="aot_eager")
-        return model, None, None
-    backend = sparse_backend(variant.schedule, compiler="aot_eager")
-    model.compile(backend=backend)
-    return model, None, backend
-
-
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     draw = random.Random(0)
@@ -113,7 +104,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     corpus = cut("some text", text)
     monkeypatch.setattr(quality_tasks, "load_shakespeare", lambda folder: corpus)
     monkeypatch.setattr(quality_tasks, "DATA", tmp_path)
-    monkeypatch.setattr(quality_tasks._pretraining, "compile_with", quickly)
+    monkeypatch.setattr(_runs, "COMPILER", "aot_eager")  # without Inductor
 
 
 def invoke(path: Path, *options: str) -> Any:

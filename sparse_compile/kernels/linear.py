@@ -32,19 +32,19 @@ def backward(
 ) -> tuple[DistinctRows | None, Tensor | None]:
     """(dX, dW), each from its own estimate of dY; None for the one whose other operand is None."""
     dx = dw = compact = None
-    if x is not None:
-        if isinstance(for_dw, Rows):
-            compact = gather(dy, for_dw)
-            dw = weight_gradient_of_rows(compact, x, for_dw, transposed=dw_transposed)
-        else:
-            dw = weight_gradient(for_dw, x, transposed=dw_transposed)
-    if w is not None:  # last: the layer below reads dX next, and finds it in the cache
+    if w is not None:
         if isinstance(for_dx, Rows):
-            if compact is None or for_dw is not for_dx:
-                compact = gather(dy, for_dx)
+            compact = gather(dy, for_dx)
             dx = input_gradient_of_rows(compact, w, for_dx, len(dy))
         else:
             dx = input_gradient(for_dx, w)
+    if x is not None:
+        if isinstance(for_dw, Rows):
+            if compact is None or for_dw is not for_dx:
+                compact = gather(dy, for_dw)
+            dw = weight_gradient_of_rows(compact, x, for_dw, transposed=dw_transposed)
+        else:
+            dw = weight_gradient(for_dw, x, transposed=dw_transposed)
     return dx, dw
 
 

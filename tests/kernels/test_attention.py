@@ -193,10 +193,10 @@ def test_skipping_pays_from_the_number_on_at_which_it_saves_more_than_it_moves(
         assert (100 - computed >= fewest) == (saved > 80 * moved)
 
 
-@pytest.mark.parametrize(("stored", "fewest"), [(False, 25), (True, 43)])
+@pytest.mark.parametrize(("stored", "fewest"), [(False, 26), (True, 44)])
 def test_skipping_pays_if_enough_rows_are_zero(stored: bool, fewest: int) -> None:
     """A quarter of them with 128 keys, and more if there are probabilities to gather."""
-    assert abs(exact.fewest_to_skip_in_attention(100, 128, 64, stored=stored) - fewest) <= 1
+    assert exact.fewest_to_skip_in_attention(100, 128, 64, stored=stored) == fewest
 
 
 @pytest.mark.parametrize("zero", [0, 4, 5, 20])
