@@ -45,3 +45,9 @@ def _fresh_compiler() -> Iterator[None]:
     """Dynamo keeps what it compiled per line of code, up to a limit, and so from one test to the next."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reuse rows in attention also where the layer is so small that it would be exact."""
+    monkeypatch.setattr("sparse_compile.methods.attention.reuse_pays", lambda *_, **__: True)

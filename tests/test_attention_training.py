@@ -18,16 +18,12 @@ from sparse_compile.memory import Memories
 # padding in two samples, R is the base's in both: the largest entries would then be a matter of choice.
 LENGTHS = (6, 6, 3, 6, 6)
 
+pytestmark = pytest.mark.usefixtures("reuse_however_little_it_saves")  # at sizes like these
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(3)
-
-
-@pytest.fixture(autouse=True)
-def _reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At sizes like these it would not be done."""
-    monkeypatch.setattr("sparse_compile.methods.attention.reuse_pays", lambda *_, **__: True)
 
 
 def batch(tokens: int = TOKENS, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:

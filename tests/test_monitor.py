@@ -30,16 +30,12 @@ REUSE = {
 }
 Values = tuple[float, float, float]  # cosine, relative error, energy kept
 
+pytestmark = pytest.mark.usefixtures("reuse_however_little_it_saves")  # at sizes like these
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(3)
-
-
-@pytest.fixture(autouse=True)
-def _reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At sizes like these it would not be done."""
-    monkeypatch.setattr("sparse_compile.methods.attention.reuse_pays", lambda *_, **__: True)
 
 
 def measured(backend: SparseBackend) -> tuple[Measurement, ...]:

@@ -47,5 +47,11 @@ def test_where_it_saves_time_it_is_done(share: float, width: int) -> None:
     assert site.counters.rows_computed == round(share * 256)
 
 
+def test_before_anything_was_measured_there_is_nothing_to_explain() -> None:
+    site = site_with_share(1.0)
+    backward(site, 64)
+    assert (site.method, site.keep(PHASE), site.note(PHASE)) == ("exact", 1.0, "")
+
+
 def test_fewer_products_take_more_rows_to_pay() -> None:
     assert exact.fewest_to_skip(2048, 768, 768, products=1) > exact.fewest_to_skip(2048, 768, 768)
