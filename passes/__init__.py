@@ -1,9 +1,10 @@
 """The graph passes, in the order in which they run on a joint forward/backward graph.
 
 They know graphs and sites and nothing of numbers. What a pass inserts is one op per site, which asks the
-runtime at every step what is to be done; so a phase change needs no new graph. Three things are in the graph
+runtime at every step what is to be done; so a phase change needs no new graph. Four things are in the graph
 only if the schedule has a use for them: the ends of blocks, the packing of what is saved for backward,
-whose ratio is a size in the graph and holds for the whole training, and the handing over of weight gradients.
+whose ratio is a size in the graph and holds for the whole training, the handing over of weight gradients, and
+the gathering of input gradients from few rows.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def rewrite(
     blocks: Sequence[str] = (),
     saved: PruneSaved | None = None,
     handed_over: Collection[str] = (),
+    dx_whole: bool = False,
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
@@ -47,6 +49,7 @@ def rewrite(
         blocks: paths of the blocks whose ends are marked (:func:`mark_blocks`).
         saved: how to pack what is saved for backward; None leaves that to the partitioner.
         handed_over: names of the linears whose weight gradients go to the runtime (:func:`hand_over`).
+        dx_whole: the schedule approximates no linear, and their dX are written whole (`passes/linear.py`).
 
     Returns:
         A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
@@ -62,7 +65,7 @@ def rewrite(
     token = g.insert_begin(graph, inputs)
 
     ends = rewrite_blocks(graph, token, blocks)
-    ops = rewrite_linears(graph, token=token, below=below, records=records)
+    ops = rewrite_linears(graph, token=token, below=below, records=records, dx_whole=dx_whole)
     hand_over(graph, ops, chosen=handed_over, parameters=names, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     ops |= rewrite_attentions(graph, token=token, records=records)

@@ -63,7 +63,7 @@ def hand_over(
             new = dataclasses.replace(record, reason=reason)
         else:
             _return_nothing(graph, slot)
-            op.args = (*op.args[:-1], False, True)
+            op.args = (*op.args[:6], False, True, op.args[8])
             with op.meta["val"][2].fake_mode:
                 op.meta["val"] = g.value_of(op)
             new = dataclasses.replace(record, handed_over="I O" if transposed else "O I")

@@ -87,7 +87,13 @@ class SparseBackend:
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
             sites, saved = passes.rewrite(
-                graph, names, linears, blocks, self.schedule.saved_activations, handed_over
+                graph,
+                names,
+                linears,
+                blocks,
+                self.schedule.saved_activations,
+                handed_over,
+                dx_whole=self.schedule.linears_are_exact,
             )
             self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:

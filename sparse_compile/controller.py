@@ -76,6 +76,11 @@ class Controller:
         self._seen_weights: dict[str, Weight] = {}
         self._overflowed = False  # after some of it was seen
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether there is anything to control: it never measures otherwise."""
+        return (self.blocks or self.linear) is not None
+
     def measures(self, step: int) -> bool:
         """Whether the backward of this step is a measurement."""
         setting = self.blocks or self.linear

@@ -6,13 +6,14 @@
     it finds the way back from any later backward, whichever model, copy or backend that belongs to.
     ``anchor`` is any input of the graph; it is not read and only keeps compilers from folding a constant.
 
-``linear_backward(token, dy, x, w, site, tokens, dw_transposed, handed_over=False) -> (rows, index, dw)``
+``linear_backward(token, dy, x, w, site, tokens, dw_transposed, handed_over, dx_whole) -> (rows, index, dw)``
     dY [N, O], X [N, I] or None (then dw is empty), W [O, I] or None (then rows and index are empty); see
     ``passes/linear.py``. ``site`` is a position in the graph's manifest, ``tokens`` the rows of a sample.
     dX is ``rows[index]``: rows [N, I] holds its distinct rows, index int64 [N] says which of them stands
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
-    of dX need never be written. Rows that the index does not name hold anything. With ``handed_over`` dW goes
-    to the site, and what is returned for it is empty.
+    of dX need never be written. Rows that the index does not name hold anything. With ``dx_whole`` rows is dX
+    itself, and the index is empty. With ``handed_over`` dW goes to the site, and what is returned for it is
+    empty.
 
 ``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
@@ -48,6 +49,7 @@ from torch import Tensor
 from sparse_compile import runtime
 from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
+from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels.attention import Forward
 from sparse_compile.kernels.attention_chain import Chain
 from sparse_compile.kernels.attention_fused import Fused
@@ -61,7 +63,7 @@ _library.define(
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
-    " bool dw_transposed, bool handed_over=False) -> (Tensor, Tensor, Tensor)",
+    " bool dw_transposed, bool handed_over=False, bool dx_whole=False) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
@@ -103,6 +105,7 @@ def _linear_backward(
     tokens: int,
     dw_transposed: bool,
     handed_over: bool = False,
+    dx_whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layer, use, phase = runtime.find(token.tolist(), site) or (LinearSite("?"), (0, 0), None)
     assert isinstance(layer, LinearSite)
@@ -114,7 +117,12 @@ def _linear_backward(
         use=use,
         handed_over=handed_over,
     )
-    rows, index = dx or (dy.new_empty(0), dy.new_empty(0, dtype=torch.int64))
+    rows, index = (dy.new_empty(0), None) if dx is None else dx
+    if dx_whole and dx is not None:
+        rows, index = kernel.written_out(dx), None
+    if index is None:
+        named = 0 if dx is None or dx_whole else len(rows)
+        index = torch.arange(named, device=dy.device)
     return rows, index, dy.new_empty(0) if dw is None else dw
 
 
@@ -177,9 +185,10 @@ def _linear_backward_fake(
     tokens: int,
     dw_transposed: bool,
     handed_over: bool = False,
+    dx_whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0], w.shape[1])
-    index = dy.new_empty(0 if w is None else dy.shape[0], dtype=torch.int64)
+    index = dy.new_empty(0 if w is None or dx_whole else dy.shape[0], dtype=torch.int64)
     if x is None or handed_over:
         return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])

@@ -198,6 +198,11 @@ class Schedule:
         }
         return Phase(int(step), fraction, **resolved)
 
+    @property
+    def linears_are_exact(self) -> bool:
+        """Whether linear layers only ever skip rows that are zero, and no method makes any."""
+        return self.linear is None and self.blocks is None
+
     def reason_left_out(self, name: str) -> str | None:
         """Why `include` and `exclude` leave out the module path `name`; None if they select it."""
         if self.include and not any(pattern_matches(pattern, name) for pattern in self.include):

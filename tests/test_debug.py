@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import MLP, square_loss
 
-from sparse_compile import Reuse, Schedule, sparse_backend
+from sparse_compile import Reuse, Sample, Schedule, sparse_backend
 
 SCHEDULE = Schedule(linear=Reuse(0.5))
 
@@ -33,6 +33,26 @@ def test_graphs_are_kept_before_and_after():
         # The backward products are gone: two of every layer, one of the first.
         assert graph.before.count("aten.mm.default(") - graph.after.count("aten.mm.default(") == 5
     assert "f32[12, 6]" in backend.graphs[0].before  # 4 samples of 3 tokens, of 6 features
+
+
+@pytest.mark.parametrize(
+    ("schedule", "gathered"),
+    [
+        (Schedule.exact(), 0),
+        (Schedule.exact(exclude=("second",)), 0),
+        (Schedule.resprop(0.5), 2),
+        (Schedule(blocks=Sample(0.5, where="second")), 2),
+        (Schedule(attention=Reuse(0.5)), 0),
+    ],
+    ids=["exact", "exact, one left out", "reuse", "samples dropped", "attention"],
+)
+def test_input_gradients_are_gathered_only_where_a_method_leaves_few_rows(schedule, gathered):
+    """All three layers but the first have one."""
+    backend = sparse_backend(schedule, compiler="aot_eager", debug=True)
+    torch.compile(MLP(), backend=backend)(torch.randn(4, 3, 6)).sum().backward()
+    (graph,) = backend.graphs
+    assert graph.after.count("torch.ops.sparse_compile.linear_backward.default(") == 3
+    assert graph.after.count("aten._unsafe_index.Tensor(") == gathered
 
 
 def test_graphs_that_serve_inference_are_left_as_they_are():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sparse_compile import Sample, Schedule
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.looks import Looks
 
@@ -55,3 +56,37 @@ def test_a_layer_skips_what_it_looked_for_and_goes_on_where_it_was_saved() -> No
     assert [skipped(resumed, padded=True) for _ in range(2)] == [False, True]
     resumed.load_state_dict({})
     assert skipped(resumed, padded=True)
+
+
+def test_backwards_between_two_looks_are_counted_and_exact() -> None:
+    """They take a short way, which another input, shape or product must not."""
+    site = LinearSite("layer")
+    counted = []
+    for rows, gradients in [(512, "dX dW")] * 4 + [(512, "dW"), (256, "dW"), (256, "dX"), (512, "dX dW")]:
+        dy, x, w = (torch.randn(*s, dtype=torch.float64) for s in ((rows, 256), (rows, 128), (256, 128)))
+        before = site.counters.flops_backward
+        dx, dw = site.linear_backward(
+            *(dy, x if "dW" in gradients else None, w if "dX" in gradients else None),
+            tokens=1,
+            dw_transposed=False,
+            phase=None,
+        )
+        assert (dx is None, dw is None) == ("dX" not in gradients, "dW" not in gradients)
+        if dx is not None:
+            torch.testing.assert_close(dx[0], dy @ w)
+        if dw is not None:
+            torch.testing.assert_close(dw, dy.t() @ x)
+        counted.append((site.counters.flops_backward - before) // (2 * 256 * 128))
+    assert counted == [1024] * 4 + [512, 256, 256, 1024]
+    assert (site.counters.backwards, site.counters.rows) == (8, 512 * 6 + 256 * 2)
+
+
+def test_a_method_that_begins_between_two_looks_is_followed() -> None:
+    site = LinearSite("layer")
+    dy, x = torch.randn(512, 256), torch.randn(512, 256)
+    schedule = Schedule(linear=Sample([(1.0, 0.0), (0.25, 0.5)]), total_steps=12)
+    methods = []
+    for step in range(12):
+        site.linear_backward(dy, x, None, tokens=1, dw_transposed=False, phase=schedule.at(step))
+        methods.append(site.method)
+    assert methods == ["exact"] * 6 + ["sample"] * 6

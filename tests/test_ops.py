@@ -56,7 +56,9 @@ def test_opcheck_linear_backward(
         2,
         dw_transposed,
     )
-    torch.library.opcheck(linear_backward, (token(), *arguments), test_utils=CHECKS)
+    for dx_whole in (False, True):
+        options = {"dx_whole": dx_whole}
+        torch.library.opcheck(linear_backward, (token(), *arguments), options, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("layout", ["column-major", "every other row", "expanded"])
@@ -86,6 +88,9 @@ def test_without_a_backend_the_gradients_are_exact(
     rows, index, dw = linear_backward(token(), dy, x, w, 0, 1, dw_transposed)
     torch.testing.assert_close(rows[index], dy @ w)
     torch.testing.assert_close(dw, x.t() @ dy if dw_transposed else dy.t() @ x)
+    dx, index, _ = linear_backward(token(), dy, x, w, 0, 1, dw_transposed, dx_whole=True)
+    torch.testing.assert_close(dx, dy @ w)
+    assert index.shape == (0,)
 
 
 def test_gradient_that_is_not_asked_for_is_empty() -> None:

@@ -116,7 +116,7 @@ class Trace:
 
 
 def _linear(record: SiteRecord, op: Node) -> Linear:
-    _, dy, x, w, _, tokens, dw_transposed = op.args
+    _, dy, x, w, _, tokens, dw_transposed, *_ = op.args
     rows, inputs, outputs = record.shape
     assert g.sizes(g.shape_of(dy)) == (rows, outputs)
     assert x is None or g.sizes(g.shape_of(x)) == (rows, inputs)
