@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from sparse_compile.kernels import attention as kernel
 from sparse_compile.memory import Memories, Use
-from sparse_compile.methods import attention, exact, fidelity
+from sparse_compile.methods import attention, exact, fidelity, sample
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
 from sparse_compile.telemetry import Observed, Telemetry
 
@@ -22,6 +23,7 @@ class AttentionSite(Site):
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
         self._memories = Memories()
+        self._draws = 0
         self._keys, self._stored = 0, False  # of the last backward
 
     def backward(
@@ -40,7 +42,7 @@ class AttentionSite(Site):
             self.method = "dense"
             self._count(0, self._rows, forward)
             return forward.backward(do)
-        if self.held_back or not isinstance(method, Reuse) or method.keep == 1.0:
+        if self.held_back or not isinstance(method, Reuse | Sample) or method.keep == 1.0:
             self.method = "exact"
             return self._exact(do, forward)
         if not self._pays(method):
@@ -48,17 +50,20 @@ class AttentionSite(Site):
             self._memories.clear()
             return self._exact(do, forward)
         self.method = method.method
+        if isinstance(method, Sample):
+            return self._sample_rows(do, forward, method, use)
         live = exact.live_queries(do)
         if method.granularity == "row":
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
 
-    def _pays(self, method: Reuse) -> bool:
+    def _pays(self, method: Reuse | Sample) -> bool:
         """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
         save time; they are there for comparisons.)"""
-        return method.granularity != "row" or attention.reuse_pays(
-            method.keep, self._rows, self._keys, self.shape[3], stored=self._stored
-        )
+        size = (self._rows, self._keys, self.shape[3])
+        if isinstance(method, Sample):
+            return attention.sampling_pays(cast(float, method.keep), *size, stored=self._stored)
+        return method.granularity != "row" or attention.reuse_pays(method.keep, *size, stored=self._stored)
 
     def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -74,6 +79,21 @@ class AttentionSite(Site):
                 return forward.backward_of_rows(do, groups)
         self._count(0, self._rows, forward)
         return forward.backward(do)
+
+    def _sample_rows(self, do: Tensor, forward: kernel.Forward, method: Sample, use: Use) -> kernel.Gradients:
+        draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
+        self._draws += 1
+        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, draw)
+        if drawn is None:
+            return self._exact(do, forward)
+        weights, zero = drawn
+        groups = kernel.groups(weights != 0)
+        self._count(zero, _rows_in(groups), forward)
+        gradients = forward.backward_of_rows(do * weights[:, None, :, None], groups)
+        if telemetry := self.watched():
+            kept = (weights != 0)[:, None, :, None]
+            self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
+        return gradients
 
     def _reuse_rows(
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
@@ -137,15 +157,16 @@ class AttentionSite(Site):
 
     def keep(self, phase: Phase) -> float:
         method = phase.attention
-        if self.left_alone or self.held_back or not isinstance(method, Reuse) or self.note(phase):
+        if self.left_alone or self.held_back or method is None or self.note(phase):
             return 1.0
-        return round(method.keep, 6)
+        return round(cast(float, method.keep), 6)
 
     def note(self, phase: Phase) -> str:
         method = phase.attention
-        if not self.shape or not isinstance(method, Reuse) or method.keep == 1.0 or self._pays(method):
+        if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
-        return "reuse would cost more than it saves at this size and keep: only zero rows are skipped"
+        name = "sampling" if isinstance(method, Sample) else "reuse"
+        return f"{name} would cost more than it saves at this size and keep: only zero rows are skipped"
 
     def _count(self, zero: int, computed: int, forward: kernel.Forward) -> None:
         _, heads, _, features = self.shape
@@ -163,10 +184,11 @@ class AttentionSite(Site):
         self._memories.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._memories.state_dict()
+        return {**self._memories.state_dict(), "rows_drawn": self._draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memories.load_state_dict(state)
+        self._draws = state.get("rows_drawn", 0)
 
 
 def _rows_in(groups: list[kernel.Group]) -> int:

@@ -30,7 +30,7 @@ Method: TypeAlias = Reuse | Sample | Adaptive | PruneSaved | RotatedTopK  # the 
 # added here (and to the union above); construction, at(), to_dict() and from_dict() all read this table.
 METHODS: dict[str, tuple[type[Method], ...]] = {
     "linear": (Reuse, Sample, Adaptive),
-    "attention": (Reuse,),
+    "attention": (Reuse, Sample),
     "blocks": (Sample, Adaptive),
     "saved_activations": (PruneSaved,),
     "weight_gradients": (RotatedTopK,),
@@ -44,7 +44,7 @@ class Phase:
     step: int
     fraction: float
     linear: Reuse | Sample | Adaptive | None
-    attention: Reuse | None
+    attention: Reuse | Sample | None
     blocks: Sample | Adaptive | None
     saved_activations: PruneSaved | None
     weight_gradients: RotatedTopK | None
@@ -61,8 +61,9 @@ class Schedule:
             model's repeated blocks: one that is not drawn there is zero in every earlier block. A `keep` is
             the share that is left behind the first block; behind block i of n (from 0) it is
             keep^((n - i)/n).
-        attention: the method for attentions, a `Reuse`, with a schedule of its own. None is exact, as above.
-            Rows are reused only where that is faster than to compute all of them; else a step is exact.
+        attention: the method for attentions, a `Reuse` or a `Sample`, with a schedule of its own; rows are
+            queries there. None is exact, as above. A few rows are computed only where that is faster than
+            to compute all of them; else a step is exact.
         saved_activations: how what is saved for backward is pruned, a `PruneSaved`, in all modules:
             `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
         weight_gradients: which entries of the weights' gradients are kept, a `RotatedTopK`; it needs an
@@ -80,7 +81,7 @@ class Schedule:
     """
 
     linear: Reuse | Sample | Adaptive | None = None
-    attention: Reuse | None = None
+    attention: Reuse | Sample | None = None
     blocks: Sample | Adaptive | None = None
     saved_activations: PruneSaved | None = None
     weight_gradients: RotatedTopK | None = None
@@ -291,8 +292,13 @@ class Schedule:
         where = getattr(self.linear, "where", None)
         if where is not None and (isinstance(self.linear, Sample) or self.blocks is None):
             raise wrong("Schedule.linear's where", where, "None: blocks are a matter of Schedule.blocks")
-        if isinstance(self.blocks, Sample) and self.blocks.gradients != "both":
-            raise wrong("Schedule.blocks's gradients", self.blocks.gradients, '"both"')
+        where = getattr(self.attention, "where", None)
+        if where is not None:
+            raise wrong("Schedule.attention's where", where, "None: blocks are a matter of Schedule.blocks")
+        for field in ("blocks", "attention"):
+            gradients = getattr(getattr(self, field), "gradients", "both")
+            if gradients != "both":
+                raise wrong(f"Schedule.{field}'s gradients", gradients, '"both"')
 
     def _check_calibration(self) -> None:
         """Refuse a calibration that never ends, and one method that another cannot be combined with."""

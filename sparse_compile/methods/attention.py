@@ -1,4 +1,4 @@
-"""Reuse in attention: earlier gradients stand in for the query rows, or entries, that are not computed.
+"""Reuse and sampling in attention: which query rows, or entries, are computed, and what of the others.
 
 Shapes as in ``kernels/attention.py``; a bar is a batch mean, or one sample's (``source``), of an earlier
 backward; everything is per head.
@@ -20,6 +20,9 @@ for a row t that was dropped, f being the share of the sample's dO (in the sum o
 The means are those of the estimates, which makes them running averages: what they hold of dropped rows is
 older. (Means of the true gradients would need all rows.)
 
+**Sampling**. Rows drawn by ‖dO_t‖ over all heads, and scaled up (``sample.py``). What an attention gives is
+linear in dO, and so it is unbiased.
+
 A row whose dO is zero in all heads has no gradient, and nothing is filled in there; nor for a key that no row
 of its sample attends to, padding for instance.
 """
@@ -34,8 +37,8 @@ from torch import Tensor
 
 from sparse_compile.kernels.attention import Gradients, WrittenOut
 from sparse_compile.kernels.attention_chain import scores_gradient
-from sparse_compile.methods import exact, reuse
-from sparse_compile.methods.rows import number_kept
+from sparse_compile.methods import exact, reuse, sample
+from sparse_compile.methods.rows import number_kept, wide
 from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.reuse import Reuse
 
@@ -43,6 +46,8 @@ from sparse_compile.settings.reuse import Reuse
 # the share at which it stops to pay comes within 0.07 of what was measured (heads of 64, one core, AVX-512,
 # float32): 0.5 fused and 0.3 as a chain for 128 tokens, 0.7 and 0.6 for 256, 0.8 and 0.7 for 512.
 _PASSES = 6
+# Sampling does less: norms, and dO scaled.
+_PASSES_OF_SAMPLING = 3
 
 Means = dict[str, Tensor]  # what is remembered, by name; each is one sample's size
 
@@ -66,6 +71,27 @@ def reuse_pays(keep: float, rows: int, keys: int, features: int, *, stored: bool
     """Whether reuse of rows costs less than computing all of them."""
     fewest = exact.fewest_to_skip_in_attention(rows, keys, features, stored=stored, passes=_PASSES)
     return rows - number_kept(keep, rows) >= fewest
+
+
+def sampling_pays(keep: float, rows: int, keys: int, features: int, *, stored: bool) -> bool:
+    """Whether sampling of rows costs less than computing all of them."""
+    passes = _PASSES_OF_SAMPLING
+    fewest = exact.fewest_to_skip_in_attention(rows, keys, features, stored=stored, passes=passes)
+    return rows - number_kept(keep, rows) >= fewest
+
+
+def draw_rows(do: Tensor, keep: float, clip: float | None, draw: sample.Draw) -> tuple[Tensor, int] | None:
+    """(weights, zero): what each query row of dO [B, H, T, D] counts for, [B, T], which is zero for rows that
+    are not drawn and at least 1 for others; and how many rows of dO are zero. None if dO is not finite: that
+    must reach the gradients whole."""
+    b, _, t, _ = do.shape
+    norms = torch.linalg.vector_norm(do.transpose(1, 2).flatten(2), dim=2, dtype=wide(do.dtype)).view(-1)
+    if not bool(norms.sum().isfinite()):
+        return None
+    drawn = sample.rows(norms, number_kept(keep, b * t), clip, draw)
+    weights = norms.new_zeros(b * t, dtype=do.dtype)
+    weights[drawn.kept] = 1 if drawn.scale is None else drawn.scale.to(do.dtype)
+    return weights.view(b, t), len(norms) - int(norms.count_nonzero())
 
 
 def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> ChosenRows:
