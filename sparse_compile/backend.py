@@ -100,12 +100,15 @@ class SparseBackend:
                 self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
                 self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
 
-        if self._compiler == "inductor":
-            key = None if self._debug else self._cache_key(gm, names, [blocks, handed_over])
-            patches = dict(options or {})
-            compiled = compilers.with_inductor(gm, example_inputs, rewrite, key, mode=mode, options=patches)
-        else:
-            compiled = compilers.with_aot_eager(gm, example_inputs, rewrite)
+        with compilers.savable_token():
+            if self._compiler == "inductor":
+                key = None if self._debug else self._cache_key(gm, names, [blocks, handed_over])
+                patches = dict(options or {})
+                compiled = compilers.with_inductor(
+                    gm, example_inputs, rewrite, key, mode=mode, options=patches
+                )
+            else:
+                compiled = compilers.with_aot_eager(gm, example_inputs, rewrite)
 
         def run(*inputs: Any) -> Any:
             owner = self._runtime.owner(anchor, inputs)

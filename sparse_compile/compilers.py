@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -15,6 +16,8 @@ from torch.fx import Graph, GraphModule
 
 Compiled = Callable[..., Any]
 Rewrite = Callable[[Graph], None]
+
+_SMALLEST_BUDGET = 1e-9
 
 
 class JointPass(CustomGraphPass):
@@ -35,6 +38,16 @@ class JointPass(CustomGraphPass):
 
     def uuid(self) -> str:
         return self._key
+
+
+def savable_token() -> contextlib.AbstractContextManager[Any]:
+    """While a graph is compiled: an activation memory budget of 0 is taken as next to nothing.
+
+    At 0 the partitioner saves the graph's inputs alone, and fails on our graphs, whose backward needs the
+    token of its forward (24 bytes).
+    """
+    config = torch._functorch.config
+    return config.patch(activation_memory_budget=config.activation_memory_budget or _SMALLEST_BUDGET)
 
 
 def with_inductor(

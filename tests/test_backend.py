@@ -218,3 +218,19 @@ def test_reuse_under_inductor_with_a_mode():
 def test_public_names():
     assert set(sparse_compile.__all__) <= set(dir(sparse_compile))
     assert {"Reuse", "Schedule", "SparseBackend", "sparse_backend"} <= set(sparse_compile.__all__)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_an_activation_memory_budget_of_zero_recomputes_what_it_can(compiler: str) -> None:
+    """PyTorch's partitioner fails there on any graph whose backward needs what only its forward can know."""
+    model = MLP().double()
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with torch._functorch.config.patch(activation_memory_budget=0.0):
+        backend = sparse_backend(Schedule.exact(), compiler=compiler)
+        loss = torch.compile(model, backend=backend)(x).square().sum()
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        assert torch._functorch.config.activation_memory_budget == 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert [site.rewritten for site in backend.report().sites] == [True] * 3

@@ -211,7 +211,7 @@ def test_a_checkpointed_region_is_recomputed_and_not_packed():
     assert backend.report().saved == ()
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("budget", [0.0, 0.1, 0.3, 0.7])
 def test_with_an_activation_memory_budget(budget):
     model, x = block(), batch()
     expected = gradients(lambda x: model.pruned(x, 0.5), model, x)
