@@ -19,7 +19,7 @@ from sparse_compile import Schedule, passes, sparse_backend
 
 rewrites = []
 rewrite = passes.rewrite
-passes.rewrite = lambda *args: rewrites.append(args) or rewrite(*args)
+passes.rewrite = lambda *args, **options: rewrites.append(args) or rewrite(*args, **options)
 model, inputs = zoo.make("bert")
 torch.manual_seed(0)
 options = {"act_tau": 0.5, "weight_tau": 0.5, "s_step": 0.2, "ratio_step": 0.7}

@@ -55,7 +55,7 @@ def run(schedule, name):
 
 rewrites = []
 rewrite = passes.rewrite
-passes.rewrite = lambda *args: rewrites.append(args) or rewrite(*args)
+passes.rewrite = lambda *args, **options: rewrites.append(args) or rewrite(*args, **options)
 print(json.dumps([run(*each) for each in json.loads(sys.argv[1])]))
 """
 

@@ -12,7 +12,7 @@ from sparse_compile import Schedule, passes, sparse_backend
 
 rewrites = []
 rewrite = passes.rewrite
-passes.rewrite = lambda *args: rewrites.append(args) or rewrite(*args)
+passes.rewrite = lambda *args, **options: rewrites.append(args) or rewrite(*args, **options)
 torch.manual_seed(0)
 model = Block("fused", dropout=0.1)
 backend = sparse_backend(Schedule.back_razor(0.75))
