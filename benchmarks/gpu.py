@@ -139,6 +139,7 @@ def _check(what: str, ours: Tensor, theirs: Tensor) -> None:
 def linear(device: torch.device, smoke: bool) -> list[Row]:
     """All that a site does in a backward, dX written out at the end, against dY · W and dYᵀ · X."""
     from sparse_compile import Reuse, Sample, Schedule
+    from sparse_compile.kernels.linear import written_out
     from sparse_compile.linear_site import LinearSite
 
     n, inputs, outputs, tokens = (48, 32, 40, 12) if smoke else (16384, 4096, 4096, 512)
@@ -160,8 +161,7 @@ def linear(device: torch.device, smoke: bool) -> list[Row]:
                 gradients = site.linear_backward(
                     gradient, x, w, tokens=tokens, dw_transposed=False, phase=phase
                 )
-                products, index = gradients[0]
-                return products[index], gradients[1]
+                return written_out(gradients[0]), gradients[1]
 
             def dense(gradient: Tensor = gradient) -> object:
                 return torch.mm(gradient, w), torch.mm(gradient.t(), x)

@@ -359,7 +359,7 @@ def test_absent_keys_have_their_defaults(values):
         ({"linear": {"ratio": 0.9}}, ['Schedule.linear["method"] is None', '"reuse"']),
         ({"linear": {"method": ["reuse"]}}, ["Schedule.linear[\"method\"] is ['reuse']"]),
         ({"linear": 0.9}, ["Schedule.linear is 0.9", "linear=Reuse(0.9)"]),
-        ({"attention": {"method": "sample", "keep": 0.1}}, ["Schedule.attention[\"method\"] is 'sample'"]),
+        ({"attention": {"method": "adaptive"}}, ["Schedule.attention[\"method\"] is 'adaptive'", '"sample"']),
         (
             {"blocks": {"method": "reuse", "ratio": 0.9}},
             ["Schedule.blocks[\"method\"] is 'reuse'", '"adaptive"'],

@@ -43,16 +43,10 @@ def rows_of(dy, tokens, *, kept=0.4, base=True, dead=0.0, scaled=False):
     return Rows(kept=chosen, base=torch.randn(tokens, dy.shape[1]).to(dy), dropped=dropped, scale=scale)
 
 
-def written_out(distinct):
-    """dX from its distinct rows, as the graph does it."""
-    rows, index = distinct
-    return rows[index]
-
-
 def products(dy, x, w, rows, *, transposed=False):
     """(dX, dW) as a site computes them."""
     compact = kernel.gather(dy, rows)
-    dx = written_out(kernel.input_gradient_of_rows(compact, w, rows, len(dy)))
+    dx = kernel.written_out(kernel.input_gradient_of_rows(compact, w, rows, len(dy)))
     return dx, kernel.weight_gradient_of_rows(compact, x, rows, transposed=transposed)
 
 
@@ -67,7 +61,7 @@ def check(dy, x, w, rows, transposed=False):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dense_products(transposed):
     dy, x, w = operands(4, 6, 5, 7)
-    torch.testing.assert_close(written_out(kernel.input_gradient(dy, w)), dy @ w)
+    torch.testing.assert_close(kernel.written_out(kernel.input_gradient(dy, w)), dy @ w)
     dw = kernel.weight_gradient(dy, x, transposed=transposed)
     torch.testing.assert_close(dw, x.t() @ dy if transposed else dy.t() @ x)
 
