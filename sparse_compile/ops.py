@@ -118,11 +118,10 @@ def _linear_backward(
         handed_over=handed_over,
     )
     rows, index = (dy.new_empty(0), None) if dx is None else dx
-    if dx_whole and dx is not None:
-        rows, index = kernel.written_out(dx), None
+    if dx_whole:
+        rows, index = kernel.written_out((rows, index)), None
     if index is None:
-        named = 0 if dx is None or dx_whole else len(rows)
-        index = torch.arange(named, device=dy.device)
+        index = torch.arange(0 if dx_whole else len(rows), device=dy.device)
     return rows, index, dy.new_empty(0) if dw is None else dw
 
 
