@@ -217,8 +217,8 @@ def test_where_it_would_cost_more_than_it_saves_the_gradients_are_exact_and_the_
         )
 
 
-# (stored probabilities, tokens) and the share at which both took the same processor time: 12 heads of 64, 2048
-# rows, one core, AVX-512, float32. The formula is up to 0.1 above it and, for long chains, 0.18 below.
+# (stored probabilities, tokens) and the share at which both took the same processor time: 12 heads of 64,
+# 2048 rows, one core, AVX-512, float32. The formula is up to 0.1 above it and, for long chains, 0.18 below.
 @pytest.mark.parametrize(
     ("stored", "tokens", "measured"),
     [

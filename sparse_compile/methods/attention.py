@@ -47,8 +47,8 @@ from sparse_compile.settings.reuse import Reuse
 # float32): 0.5 fused and 0.3 as a chain for 128 tokens, 0.7 and 0.6 for 256, 0.8 and 0.7 for 512.
 _PASSES = 6
 # Sampling does less: norms, and dO scaled. Measured as above it stops to pay at 0.67, 0.70 and 0.84 fused and
-# at 0.46, 0.70 and 0.85 as a chain, for 128, 256 and 512 tokens; this gives 0.65, 0.80 and 0.89, and 0.47, 0.60
-# and 0.67.
+# at 0.46, 0.70 and 0.85 as a chain, for 128, 256 and 512 tokens; this gives 0.65, 0.80 and 0.89, and 0.47,
+# 0.60 and 0.67.
 _PASSES_OF_SAMPLING = 3
 
 Means = dict[str, Tensor]  # what is remembered, by name; each is one sample's size
