@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -100,6 +100,46 @@ def _labelled_tokens(preset: Preset, count: int, seed: int) -> list[Batch]:
     return [
         {"input_ids": ids, "labels": torch.randint(preset.classes, shape, generator=generator)}
         for ids in _token_ids(preset, count, seed)
+    ]
+
+
+class Loss(NamedTuple):
+    """What a model returns here, as Transformers' outputs do."""
+
+    loss: Tensor
+
+
+class Attention(nn.Module):
+    """An attention and nothing else: its queries, keys and values are parameters."""
+
+    def __init__(self, batch: int, heads: int, tokens: int, width: int) -> None:
+        super().__init__()
+        # Laid out as the projections of a transformer leave them: heads are cut from features.
+        shape = (batch, tokens, heads, width)
+        self.query, self.key, self.value = (nn.Parameter(torch.randn(shape)) for _ in range(3))
+
+    def forward(self, weights: Tensor) -> Loss:
+        """A weighted sum, so that `weights` are the output's gradient: [batch, tokens, features]."""
+        heads = (parameter.transpose(1, 2) for parameter in (self.query, self.key, self.value))
+        out = nn.functional.scaled_dot_product_attention(*heads)
+        return Loss((out.transpose(1, 2).flatten(2) * weights).sum())
+
+
+def _attention(preset: Preset) -> nn.Module:
+    return Attention(preset.batch, preset.heads, preset.tokens, preset.hidden // preset.heads)
+
+
+def _weighted_tokens(preset: Preset, count: int, seed: int) -> list[Batch]:
+    """Random weights whose size differs from token to token, as that of a gradient does."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (preset.batch, preset.tokens)
+    return [
+        {
+            "weights": torch.randn(*shape, preset.hidden, generator=generator)
+            * torch.rand(*shape, 1, generator=generator)
+            / preset.hidden
+        }
+        for _ in range(count)
     ]
 
 
@@ -255,6 +295,22 @@ PRESETS: dict[str, Preset] = {
             methods="exact,attention-reuse:0.9,attention-reuse:0.9+reuse:0.9,sample:0.1",
             batch=4,
             tokens=512,
+        ),
+        Preset(
+            name="attention",
+            summary="an attention of BERT-base's heads and nothing else, 4 × 512 tokens",
+            build=_attention,
+            batches=_weighted_tokens,
+            methods="exact,attention-reuse:0.9,attention-sample:0.1",
+            batch=4,
+            tokens=512,
+            layers=1,
+            hidden=768,
+            heads=12,
+            kv_heads=12,
+            intermediate=0,
+            vocab=0,
+            fixed=("layers",),
         ),
         Preset(
             name="minilm-reviews",

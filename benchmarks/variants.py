@@ -7,6 +7,7 @@ reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance re
 sample:K[/WORD...]    sparse_compile, Schedule(linear=Sample(K)); WORD is clip=C, input or weight
 blocks-sample:K, …    the same for another field of the schedule; join several by +, for instance
                       blocks-sample:0.5+sample:0.25/weight
+prune:R[/FORM]        Schedule(saved_activations=PruneSaved(R)); FORM is fp16, bf16 or int8; also joined by +
 vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
@@ -32,8 +33,8 @@ FIELDS = ("linear", "attention", "blocks")
 ALLOWED = (
     "exact, [FIELD-]reuse:RATIO[/row|element|mean|sample|refresh=K],"
     " [FIELD-]sample:KEEP[/clip=C|input|weight]"
-    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), vcas[/solve|freq=N|tau=T], eager,"
-    " eager-resprop:RATIO"
+    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), prune:RATIO[/fp16|bf16|int8],"
+    " vcas[/solve|freq=N|tau=T], eager, eager-resprop:RATIO"
 )
 
 
@@ -95,10 +96,13 @@ def _parse_method(name: str, part: str) -> tuple[str, dict[str, Any]]:
     method, _, rest = part.partition(":")
     fields = {f"{field}-{kind}": (field, kind) for field in FIELDS for kind in ("reuse", "sample")}
     fields |= {"reuse": ("linear", "reuse"), "sample": ("linear", "sample")}
+    fields["prune"] = ("saved_activations", "prune")
     if method not in fields or not rest:
         raise ValueError(f"methods: {name!r} is not known; allowed are {ALLOWED}")
     target, kind = fields[method]
     amount, *words = rest.split("/")
+    if kind == "prune":
+        return target, {"method": "prune_saved", "ratio": _number(name, amount), **_prune_option(name, words)}
     options = dict((_reuse_option if kind == "reuse" else _sample_option)(name, word) for word in words)
     if kind == "sample":
         return target, {"method": kind, "keep": _number(name, amount), **options}
@@ -122,6 +126,12 @@ def _reuse_option(name: str, word: str) -> tuple[str, str | int]:
     if key == "refresh" and count.isdigit() and int(count) > 0:
         return "refresh_every", int(count)
     raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
+
+
+def _prune_option(name: str, words: list[str]) -> dict[str, str]:
+    if len(words) > 1:
+        raise ValueError(f"methods: {name!r} has the word {words[1]!r}; allowed are {ALLOWED}")
+    return {"values": words[0]} if words else {}
 
 
 def _vcas_option(name: str, word: str) -> tuple[str, str | float]:

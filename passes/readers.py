@@ -65,6 +65,35 @@ def kind_of_read(reader: Node, value: Node) -> str | None:
     return None if broadcast and kind not in _PRODUCTS else kind
 
 
+def is_statistic(value: Node) -> bool:
+    """Whether a value of the forward, or a function of it alone, is broadcast over an activation: as the mean
+    and the scale of a norm are, and a gate of whole rows. A zero there would be one for a whole row.
+    """
+    while value.target in _VIEWS and g.numel(value) == g.numel(value.args[0]):  # type: ignore[arg-type]
+        value = value.args[0]  # type: ignore[assignment]
+    return value.op == "call_function" and _is_broadcast(value)
+
+
+def _is_broadcast(value: Node) -> bool:
+    if value.target is operator.getitem and value.args[1] != 0:
+        return "norm" in str(value.args[0].target)  # type: ignore[union-attr]
+    for user in value.users:
+        view = user.target in _VIEWS
+        if g.is_backward(user) or not g.is_tensor(user) or not (view or _is_pointwise(user)):
+            continue
+        if g.numel(user) > g.numel(value) and not view:
+            return True
+        # Keys and values, too, are expanded, from groups of heads: a view alone says nothing.
+        alone = len([operand for operand in user.all_input_nodes if g.is_tensor(operand)]) == 1
+        if alone and _is_broadcast(user):
+            return True
+    return False
+
+
+def _is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def recomputable(node: Node) -> bool:
     """Whether a node is a view of its operand, or an elementwise function of its operands."""
     return node.target in _VIEWS or node.target in _ELEMENTWISE or dropout_of(node) is not None

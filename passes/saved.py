@@ -16,16 +16,17 @@ The joint graph still shows who reads what, so the choice is made there, and the
 nothing but the packed form to save. What stands in for a value that the backward reads:
 
 - **its source.** A value that is a view of another, or an elementwise function of one other (GELU, dropout, a
-  scaling), is computed again in the backward from that one's pruned form, which is packed once for all its
-  readers. So GELU's output is never saved, and an activation under several views is saved once.
+  scaling, the division in a norm), is computed again in the backward from that one's pruned form, which is
+  packed once for all its readers. So GELU's output is never saved, and an activation under several views is
+  saved once.
 - **fused attention** saves no probabilities; its backward makes them again from Q and K and the log-sum-exp.
   With pruned Q and K that sum would be wrong and the probabilities without bound. So the attention itself
   runs again in the backward, on the pruned Q, K and V. One that drops out is left whole.
 - **masks**, of dropout and of ReLU, are kept to the bit.
 
-Left alone: the inputs of the graph, parameters and what comes from them alone; what a reader broadcasts
-(means, norms); small tensors; whatever a checkpoint says is to be recomputed; and all readers that are not
-known to bear a pruned value, such as the loss.
+Left alone: the inputs of the graph, parameters and what comes from them alone; what is broadcast (the means
+and scales of norms, where a zero would be one for a whole row); small tensors; whatever a checkpoint says is
+to be recomputed; and all readers that are not known to bear a pruned value, such as the loss.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from sparse_compile.passes.readers import (
     OTHER,
     dropout_of,
     is_mask,
+    is_statistic,
     kind_of_read,
     recomputable,
 )
@@ -161,7 +163,9 @@ class _Packer:
     def _prunable(self, value: Node) -> bool:
         """Whether the backward may get ``value`` from the pruned form of an activation."""
         source = self._source(value)
-        return not self._method.exact and source.meta["val"].dtype in _DTYPES and self._is_worth_it(source)
+        if self._method.exact or is_statistic(value) or is_statistic(source):
+            return False
+        return source.meta["val"].dtype in _DTYPES and self._is_worth_it(source)
 
     def _is_worth_it(self, value: Node) -> bool:
         """Whether ``value`` is a large tensor that the forward makes and saves."""
@@ -180,7 +184,7 @@ class _Packer:
         if value not in self._sources:
             self._sources[value] = value
             if recomputable(value) and not g.is_backward(value) and value not in self._below:
-                found = {self._source(operand) for operand in _operands(value) if not is_mask(operand)}
+                found = {self._source(operand) for operand in _pruned_operands(value) if not is_mask(operand)}
                 source = found.pop() if len(found) == 1 else value
                 # A cast to something narrower is packed itself.
                 if source.meta["val"].dtype.itemsize <= value.meta["val"].dtype.itemsize:
@@ -195,7 +199,7 @@ class _Packer:
             elif value is self._source(value):
                 restored = self._pack(value, reader)
             else:
-                operands = {operand: self._restore(operand, reader) for operand in _operands(value)}
+                operands = {operand: self._restore(operand, reader) for operand in _pruned_operands(value)}
                 with self._graph.inserting_before(reader):
                     restored = _recompute(self._graph, value, operands)
             self._restored[value] = restored
@@ -285,6 +289,13 @@ def _operands(value: Node) -> list[Node]:
     if dropout is None:
         return [node for node in value.all_input_nodes if g.is_tensor(node)]
     return [dropout.args[0], *(user for user in dropout.users if user.args[1] == 1)]  # type: ignore[list-item]
+
+
+def _pruned_operands(value: Node) -> list[Node]:
+    """Those operands that are not read whole, as is a norm's scale by the norm. (A softmax's sum is not: what
+    it divides is not its input, and its result is what is to be pruned.)"""
+    norm = "Norm" in g.module_class(value)
+    return [operand for operand in _operands(value) if not (norm and is_statistic(operand))]
 
 
 def _recompute(graph: Graph, value: Node, operands: dict[Node, Node]) -> Node:

@@ -268,6 +268,16 @@ def test_presets_say_their_sizes_and_refuse_fixed_ones() -> None:
         PRESETS["minilm-reviews"].resized(layers=2)
 
 
+def test_pruning_is_parsed() -> None:
+    plain, joined = variants.parse_methods("prune:0.9,prune:0.5/int8+reuse:0.9")
+    assert plain.schedule == {"saved_activations": {"method": "prune_saved", "ratio": 0.9}}
+    assert joined.schedule["saved_activations"] == {"method": "prune_saved", "ratio": 0.5, "values": "int8"}
+    assert joined.schedule["linear"]["method"] == "reuse"
+    for wrong in ("prune", "prune:", "prune:x", "prune:0.5/int8/fp16"):
+        with pytest.raises(ValueError, match="methods: "):
+            variants.parse_methods(wrong)
+
+
 def test_methods_are_parsed() -> None:
     exact, reuse, pattern, sample, eager = variants.parse_methods(
         "exact, reuse:0.9/element/sample/refresh=2,reuse:2:4,"

@@ -84,6 +84,29 @@ def test_gradients_are_those_of_the_formula(form, ratio):
     assert not torch.allclose(expected["down.weight"], dense["down.weight"], rtol=1e-2)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("form", ["chain", "fused"])
+def test_statistics_of_many_rows_are_not_pruned(form, norm):
+    """The scale of a norm has one entry a row: with 1,024 rows it is as large as an activation."""
+    model = block(attention=form)
+    if norm == "rms":
+        model.first = model.second = nn.RMSNorm(HIDDEN).double()
+    x = torch.randn(16, 64, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x.requires_grad_()
+    run, backend = compiled(model, Schedule.back_razor(0.5))
+    found = gradients(run, model, x)
+    if norm == "layer":
+        assert_close(found, gradients(lambda x: model.pruned(x, 0.5), model, x))
+    else:
+        dense = gradients(model, model, x)
+        assert float(torch.cosine_similarity(found["x"].flatten(), dense["x"].flatten(), 0)) > 0.9
+    saved = {kind["kind"]: kind["tensors"] for kind in backend.report().to_dict()["saved"]}
+    # As with few rows; a fused attention saves no probabilities.
+    assert saved.pop("attention") == (4 if form == "chain" else 3)
+    assert saved == {"activation input": 1, "norm input": 2, "linear input": 3}
+    assert all(site.rows_skipped == 0 for site in backend.report().sites)
+
+
 def test_gradients_with_dropout_are_those_of_the_formula():
     """The mask is the forward's own, kept to the bit."""
     model, x = block(dropout=0.3), batch()
