@@ -1,7 +1,8 @@
 """The ways of fine-tuning that finetune_peft.py compares, and what each is measured by.
 
-What they have in common: the MLPs of the model are tuned and its new head; everything else is frozen, but in
-full fine-tuning. The number of entries that are updated is the same for LoRA, top-k and SparseGrad.
+What they have in common: the MLPs of the model are tuned and its new head. Everything else is frozen, but in
+full fine-tuning and in the methods on "-all", where it trains as ever: so SparseGrad was published and compared.
+The number of entries of the MLPs that are updated is the same for LoRA, top-k and SparseGrad.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from sparse_compile import RotatedTopK, Schedule
 from sparse_compile.optim import SparseAdamW, freeze_unselected, state_bytes
 from sparse_compile.selection import chosen_layers
 
-FULL, LORA, TOP_K, SPARSE, SPARSE_ALL = METHODS = ("full", "lora", "top-k", "sparse-grad", "sparse-grad-all")
+FULL, LORA, LORA_ALL, TOP_K, SPARSE, SPARSE_ALL = METHODS = (
+    *("full", "lora", "lora-all", "top-k", "sparse-grad", "sparse-grad-all"),
+)
 _HEADS = ("classifier", "score", "pre_classifier", "classification_head")
 
 
@@ -36,7 +40,7 @@ class Job:
     recipe: Recipe
     tokens: Tokens
     rotated: RotatedTopK
-    learning_rate: float
+    lora_lr: float
     kept_scale: float
 
 
@@ -117,14 +121,19 @@ def _prepare(job: Job, model: Any, backend: Any) -> tuple[Any, torch.optim.Optim
     """The model with all frozen that is to be, and its optimizer."""
     heads = [name for name, _ in model.named_children() if name in _HEADS]
     layers = weights_of(model, job.rotated)
-    adam: dict[str, Any] = {"lr": job.learning_rate, "weight_decay": 0.0}
-    if job.method == LORA:
+    adam: dict[str, Any] = {"lr": job.recipe.learning_rate, "weight_decay": 0.0}
+    if job.method in (LORA, LORA_ALL):
         rank = lora_rank(layers, job.rotated.density)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), modules_to_save=heads)
         model = get_peft_model(model, config)
-    elif job.method in (TOP_K, SPARSE):
+        own = _trained(model)  # the factors and the head
+        if job.method == LORA_ALL:
+            _unfreeze_others(model)
+        groups = [{"params": own, "lr": job.lora_lr}, {"params": _trained(model, but=own)}]
+        return model, torch.optim.AdamW(groups, **adam)
+    if job.method in (TOP_K, SPARSE):
         freeze_unselected(model, job.rotated, keep=heads)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = _trained(model)
     if job.method in (SPARSE, SPARSE_ALL):
         scaled = {"kept_scale": job.kept_scale, "max_grad_norm": 1.0}
         return model, SparseAdamW(trained, backend, **scaled, **adam)
@@ -132,6 +141,18 @@ def _prepare(job: Job, model: Any, backend: Any) -> tuple[Any, torch.optim.Optim
         for weight in layers.values():
             weight.register_post_accumulate_grad_hook(_keep_largest(job.rotated.density))
     return model, torch.optim.AdamW(trained, **adam)
+
+
+def _unfreeze_others(model: nn.Module) -> None:
+    """Train what LoRA freezes, but for the weights that it adapts and what its heads were before."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith("base_layer.weight") and ".original_module." not in name:
+            parameter.requires_grad_(True)
+
+
+def _trained(model: nn.Module, but: Collection[Tensor] = ()) -> list[nn.Parameter]:
+    left_out = {id(parameter) for parameter in but}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
 
 
 def weights_of(model: nn.Module, rotated: RotatedTopK) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import transformers
 import typer
-from _peft import FULL, LORA, METHODS, SPARSE, Job, Outcome, run
+from _peft import FULL, METHODS, SPARSE, Job, Outcome, run
 from _results import machine, versions
 from finetune_reviews import DATA_DIR, INTERRUPTED, prepare
 from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 32,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens per text, at most.")] = 64,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-4,
-    lora_lr: Annotated[float, typer.Option(min=0.0, help="LoRA's own.")] = 2e-3,
+    lora_lr: Annotated[float, typer.Option(min=0.0, help="Of LoRA's factors.")] = 2e-3,
     kept_scale: Annotated[
         float, typer.Option(help="SparseGrad: what kept updates are multiplied by.")
     ] = 10.0,
@@ -87,16 +87,15 @@ def main(
         for seed in range(first_seed, first_seed + seeds):
             for method in wanted:
                 sparse = method.startswith(SPARSE)  # it clips by itself
-                rate = lora_lr if method == LORA else lr
                 job = Job(
                     method=method,
                     seed=seed,
                     recipe=dataclasses.replace(
-                        recipe, learning_rate=rate, max_grad_norm=0.0 if sparse else 1.0
+                        recipe, learning_rate=lr, max_grad_norm=0.0 if sparse else 1.0
                     ),
                     tokens=tokens,
                     rotated=rotated,
-                    learning_rate=rate,
+                    lora_lr=lora_lr,
                     kept_scale=kept_scale,
                 )
                 outcomes.append(run(job))
@@ -151,7 +150,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     """Accuracy against what the optimizer holds, and against steps."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colours = ("#333333", "#0072b2", "#e69f00", "#d55e00", "#7b3294")
+    colours = ("#333333", "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#7b3294")
     for method, colour in zip(METHODS, colours, strict=True):
         of = [outcome for outcome in outcomes if outcome.method == method]
         if not of:
