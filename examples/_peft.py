@@ -1,8 +1,8 @@
 """The ways of fine-tuning that finetune_peft.py compares, and what each is measured by.
 
 What they have in common: the MLPs of the model are tuned and its new head. Everything else is frozen, but in
-full fine-tuning and in the methods on "-all", where it trains as ever: so SparseGrad was published and compared.
-The number of entries of the MLPs that are updated is the same for LoRA, top-k and SparseGrad.
+full fine-tuning and in the methods on "-all", where it trains too, as in the paper on SparseGrad. LoRA, top-k
+and SparseGrad update the same number of entries of the MLPs.
 """
 
 from __future__ import annotations
