@@ -12,6 +12,11 @@ becomes
     backward   x̂ = sparse_compile.unpack(mask, kept, scales, size, dtype)
                … = f(dy, x̂)
 
+The input of an activation function (GELU, SiLU, …) is not pruned but rounded to 8 bits, by `round_rows` and
+`restore_rows`: a zero in the place of a small entry is read as a slope of ½, and the slopes of most of those
+entries are far from it. With such inputs pruned to a tenth, the gradient behind one GELU of MiniLM had a
+cosine of 0.56 with the true one, and 0.15 behind six. (The published code does not prune them either.)
+
 The joint graph still shows who reads what, so the choice is made there, and the partitioner then finds
 nothing but the packed form to save. What stands in for a value that the backward reads:
 
@@ -37,6 +42,7 @@ from typing import Any
 import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.readers import (
+    ACTIVATION,
     ATTENTION,
     COMPARISONS,
     MASK,
@@ -197,7 +203,8 @@ class _Packer:
             if is_mask(value):
                 restored = self._pack_mask(value, reader)
             elif value is self._source(value):
-                restored = self._pack(value, reader)
+                rounds = self._kinds[value] == ACTIVATION
+                restored = self._round(value, reader) if rounds else self._pack(value, reader)
             else:
                 operands = {operand: self._restore(operand, reader) for operand in _pruned_operands(value)}
                 with self._graph.inserting_before(reader):
@@ -219,6 +226,14 @@ class _Packer:
         _keep_in_forward(packed, *parts)
         self._note(source, self._kinds[source], parts)
         return self._unpack(reader, ours.unpack.default, *parts, size, value.dtype)
+
+    def _round(self, source: Node, reader: Node) -> Node:
+        with self._graph.inserting_before(source.next):
+            rounded = g.call(self._graph, ours.round_rows.default, source, like=source)
+            parts = [g.call(self._graph, operator.getitem, rounded, i, like=source) for i in range(2)]
+        _keep_in_forward(rounded, *parts)
+        self._note(source, self._kinds[source], parts)
+        return self._unpack(reader, ours.restore_rows.default, *parts, source.meta["val"].dtype)
 
     def _pack_mask(self, mask: Node, reader: Node) -> Node:
         with self._graph.inserting_before(mask.next):

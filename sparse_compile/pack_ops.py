@@ -11,6 +11,9 @@
 ``pack_bits(x) -> mask``, ``unpack_bits(mask, size) -> x``
     the same for bool tensors, of which every entry is kept.
 
+``round_rows(x) -> (whole, steps)``, ``restore_rows(whole, steps, dtype) -> x̂``
+    every entry in 8 bits: x [..., I], whole int8 [..., I], steps [..., 1].
+
 They are pure functions: what they do is decided when a graph is compiled, because the sizes of what they
 return are part of the graph.
 """
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import pack as kernel
 from sparse_compile.methods import prune
+from sparse_compile.methods.rows import wide
 
 _library = torch.library.Library("sparse_compile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -33,6 +37,8 @@ _library.define(
 _library.define(
     "unpack(Tensor mask, Tensor kept, Tensor scales, SymInt[] size, ScalarType dtype) -> Tensor", tags=_TAGS
 )
+_library.define("round_rows(Tensor x) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define("restore_rows(Tensor whole, Tensor steps, ScalarType dtype) -> Tensor", tags=_TAGS)
 _library.define("pack_bits(Tensor x) -> Tensor", tags=_TAGS)
 _library.define("unpack_bits(Tensor mask, SymInt[] size) -> Tensor", tags=_TAGS)
 
@@ -40,6 +46,10 @@ _library.define("unpack_bits(Tensor mask, SymInt[] size) -> Tensor", tags=_TAGS)
 # recompute in the backward, from the whole activation.
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack.default)
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack_bits.default)
+torch.fx.node.has_side_effect(torch.ops.sparse_compile.round_rows.default)
+
+torch.library.impl(_library, "round_rows", "CompositeExplicitAutograd")(kernel.round_rows)
+torch.library.impl(_library, "restore_rows", "CompositeExplicitAutograd")(kernel.restore_rows)
 
 
 @torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
@@ -76,6 +86,16 @@ def _pack_fake(x: Tensor, samples: int, keep: float, values: str) -> tuple[Tenso
 @torch.library.register_fake("sparse_compile::unpack")
 def _unpack_fake(mask: Tensor, kept: Tensor, scales: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     return kept.new_empty(size, dtype=dtype)
+
+
+@torch.library.register_fake("sparse_compile::round_rows")
+def _round_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=wide(x.dtype))
+
+
+@torch.library.register_fake("sparse_compile::restore_rows")
+def _restore_rows_fake(whole: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    return whole.new_empty(whole.shape, dtype=dtype)
 
 
 @torch.library.register_fake("sparse_compile::pack_bits")

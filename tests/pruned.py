@@ -23,6 +23,15 @@ def largest(x: Tensor, ratio: float) -> Tensor:
     return kept.view(x.shape)
 
 
+def eight_bits(x: Tensor) -> Tensor:
+    """x in 255 equal steps from minus to plus the largest magnitude of its row (the last dimension)."""
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]):
+        step = float(row.abs().max()) / 127
+        rows.append(torch.tensor([round(float(entry) / step) * step for entry in row], dtype=x.dtype))
+    return torch.stack(rows).view(x.shape)
+
+
 class At(torch.autograd.Function):
     """f at its arguments in the forward, the gradient of f at others in the backward."""
 
@@ -114,8 +123,8 @@ class Block(nn.Module):
             up = f(up)
             other = p(up)
         else:
-            pruned_up = p(up)
-            up, other = at(f, (pruned_up,), up), f(pruned_up)
+            rounded = eight_bits(up.detach())
+            up, other = at(f, (rounded,), up), f(rounded)
         return h + F.dropout(linear(self.down, up, other), self.dropout, training=self.training)
 
 

@@ -5,7 +5,10 @@
     x̂_b        x_b at its k entries of largest magnitude, zero elsewhere; of equal ones the first are kept
 
 The forward is computed with x; the backward reads x̂ in its place. Source: Back Razor (Jiang et al.,
-NeurIPS 2022, section 3), where the kept entries are found per sample, too.
+NeurIPS 2022, section 3), where the kept entries are found per sample, too. The input of a GELU or SiLU
+is not pruned there, but kept in 16 or 8 bits. Here
+
+    x̂_i        s_i · round(x_i / s_i) for each of its rows (the last dimension), with s_i = max |x_i| / 127
 """
 
 from __future__ import annotations
