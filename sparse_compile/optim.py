@@ -104,8 +104,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             for w in weights:
                 if w.entries is not None and w.entries.grad is not None:
                     w.apply(decay=float(group["lr"] * group.get("weight_decay", 0.0)), scale=self._kept_scale)
-        if done >= self._rotation.method.calibration_steps:
-            self._rotation.finish(every)
+        self._rotation.finish(every, done)
         self._stepped = True
         return loss
 

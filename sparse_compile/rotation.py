@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_compile.hosvd import Directions
 from sparse_compile.methods import rotate
+from sparse_compile.methods.rows import wide
 from sparse_compile.settings.rotate import RotatedTopK
 
 # Bases of this many directions in all take more than a few seconds to compute, and progress is shown.
@@ -74,11 +75,10 @@ class Basis:
         return any(side is not None and side.sums is not None for side in self._directions)
 
     def record(self, g: Tensor) -> None:
-        """Take G [O, I] into account. What is not finite is left out."""
-        if bool(g.sum().isfinite()):
-            for side, oriented in zip(self._directions, (g, g.t()), strict=True):
-                if side is not None:
-                    side.add(oriented)
+        """Take G [O, I] into account."""
+        for side, oriented in zip(self._directions, (g, g.t()), strict=True):
+            if side is not None:
+                side.add(oriented)
 
     def finish(self) -> None:
         self._vectors = [None if side is None else side.leading() for side in self._directions]
@@ -98,6 +98,10 @@ class Basis:
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """S [P, Q] of dY [N, O] and X [N, I]."""
         return rotate.gradient(dy, x, *self.like(dy))
+
+    def rotated(self, g: Tensor) -> Tensor:
+        """S [P, Q] of G [O, I]."""
+        return rotate.rotated(g, *self.like(g))
 
     def flops(self, n: int) -> int:
         """What :meth:`gradient` costs for N rows."""
@@ -123,8 +127,9 @@ class RotatedWeight:
         name: of the layer.
         basis: shared with the weights of its shape.
         entries: [k], zero between steps; None during the calibration. What an optimizer steps.
-        indices: which entries of the corner they are, int32 [k] of the flattened [P, Q]; None until the first
-            gradient after the calibration has chosen them.
+        indices: which entries of the corner they are, int32 [k] of the flattened [P, Q]; None until they are
+            chosen, at the end of the calibration or, if that was too short, by the first gradient after it.
+        energy: Σ S², [P, Q], of the calibration's steps in which the basis was known; None without any.
         ended: whether it is done with, and the gradient is dense for good.
     """
 
@@ -133,6 +138,7 @@ class RotatedWeight:
         self.basis = basis
         self.entries: nn.Parameter | None = None
         self.indices: Tensor | None = None
+        self.energy: Tensor | None = None
         self._weight = weakref.ref(weight)
         self._transposed = transposed
         self._owner = owner
@@ -200,8 +206,25 @@ class RotatedWeight:
         dw = self.oriented(dw).to(weight.dtype)
         weight.grad = dw if weight.grad is None else weight.grad + dw
 
-    def start(self) -> None:
-        """End the calibration of this weight."""
+    def record(self) -> None:
+        """Take the gradient of a step of the calibration into account: for the basis, and once that is known,
+        for what is large in it. What is not finite is left out."""
+        if self.ended or self.entries is not None or self.weight.grad is None:
+            return
+        g = self.oriented(self.weight.grad)
+        if not bool(g.sum().isfinite()):
+            return
+        if not self.basis.ready:
+            self.basis.record(g)
+        else:
+            square = self.basis.rotated(g.to(wide(g.dtype))).square()
+            self.energy = square if self.energy is None else self.energy.to(square).add_(square)
+
+    def start(self, step: int) -> None:
+        """End the calibration of this weight; ``step`` is the first after it."""
+        if self.energy is not None:
+            self.indices = rotate.choose(self.energy, self.basis.kept)
+            self._chosen_at, self.energy = step, None
         self.entries = nn.Parameter(self.weight.new_zeros(self.basis.kept))
         self.weight.grad = None
         for holder in self._owner.holders_of(self):
@@ -212,9 +235,7 @@ class RotatedWeight:
         penalty on it, say, or a second use that is not compiled."""
         g = self.weight.grad
         if self.entries is not None and g is not None:
-            g = self.oriented(g)
-            identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
-            self.accept(self.basis.gradient(identity, g))
+            self.accept(self.basis.rotated(self.oriented(g)))
             self.weight.grad = None
 
     def stop(self) -> None:
@@ -255,6 +276,7 @@ class RotatedWeight:
     def state_dict(self) -> dict[str, Any]:
         return {
             "indices": _copy(self.indices),
+            "energy": _copy(self.energy),
             "chosen_at": self._chosen_at,
             "started": self.entries is not None,
         }
@@ -263,8 +285,9 @@ class RotatedWeight:
         if self.entries is not None and not state["started"]:
             self.stop()
         elif self.entries is None and state["started"]:
-            self.start()
+            self.start(state["chosen_at"])
         self.indices, self._chosen_at = _copy(state["indices"]), state["chosen_at"]
+        self.energy = _copy(state["energy"])
 
 
 class Rotation:
@@ -324,13 +347,14 @@ class Rotation:
     def record(self, weights: Sequence[RotatedWeight]) -> None:
         """Take the gradients of a step into account, of those weights that are still calibrated."""
         for w in weights if self.method.density < 1 else ():
-            if not w.ended and w.entries is None and not w.basis.ready and w.weight.grad is not None:
-                w.basis.record(w.oriented(w.weight.grad))
+            w.record()
 
     @torch.no_grad()
-    def finish(self, weights: Sequence[RotatedWeight]) -> None:
-        """End the calibration of those weights for whose shape there are gradients. Called once a step of
-        the last of the calibration's number, or a later one, is done."""
+    def finish(self, weights: Sequence[RotatedWeight], done: int) -> None:
+        """Compute the bases of those weights for whose shape there are gradients, and end their calibration,
+        when ``done`` steps make it time for that."""
+        if done < self.method.basis_steps:
+            return
         known = [w for w in weights if w.basis.ready or w.basis.recorded]
         waiting = [w for w in known if w.entries is None and not w.ended]
         bases = list({id(w.basis): w.basis for w in waiting if not w.basis.ready}.values())
@@ -338,8 +362,8 @@ class Rotation:
         console = Console(stderr=True)
         for basis in track(bases, "rotated bases", disable=not many, console=console, transient=True):
             basis.finish()
-        for w in waiting:
-            w.start()
+        for w in waiting if done >= self.method.calibration_steps else ():
+            w.start(done)
 
     def _basis(self, outputs: int, inputs: int) -> Basis:
         key = f"{outputs}x{inputs}"
@@ -365,7 +389,7 @@ class Rotation:
             weight.load_state_dict(self._pending.pop(name, FRESH))
 
 
-FRESH: dict[str, Any] = {"indices": None, "chosen_at": 0, "started": False}
+FRESH: dict[str, Any] = {"indices": None, "energy": None, "chosen_at": 0, "started": False}
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -4,7 +4,8 @@
     U, V          left singular vectors of the stack unfolded to [O, I·m], and of it unfolded to [I, O·m]
     S             the upper left P × Q of Uᵀ · G · V, by the whole of U and V (that of the longer side is the
                   identity if only the short one is rotated)
-    kept          the k entries of S that are largest
+    kept          the k entries of S that are largest; if the last quarter of the calibration has any steps,
+                  those whose squares have the largest sum over it, and the stack is of the steps before
     W             (1 − lr · decay) · W + scale · U · D · Vᵀ, D what AdamW or SGD does to those k numbers
 
 Nothing here is fast, and all of it float64.
@@ -43,6 +44,7 @@ class Weight:
         self.transposed = transposed
         self.recipe = recipe
         self.kept: list[int] | None = None
+        self.squares: list[float] = []
         self.chosen_at = 0
         self.optimizer: torch.optim.Optimizer | None = None
         self.numbers = nn.Parameter(torch.zeros(0))
@@ -56,7 +58,7 @@ class Weight:
         return outputs, inputs
 
     def step(self, step: int, u: Tensor, v: Tensor) -> None:
-        """One step after the calibration."""
+        """One step once the bases are known; in the calibration, only take note of what is large."""
         recipe, (outputs, inputs) = self.recipe, self.shape
         k = max(1, round(recipe.density * outputs * inputs))
         wanted = recipe.candidates * k
@@ -73,11 +75,14 @@ class Weight:
             v, p, q = torch.eye(inputs, dtype=torch.float64), min(outputs, math.ceil(wanted / inputs)), inputs
         rotated = u.t() @ self.oriented(self.parameter.grad) @ v
         flat = rotated[:p, :q].flatten().tolist()
+        if step < recipe.steps:
+            self.squares = [a + b * b for a, b in zip(self.squares or [0.0] * len(flat), flat, strict=True)]
+            return
+        if self.kept is None and self.squares:
+            self.keep(sorted(range(len(flat)), key=lambda i: -self.squares[i])[:k], recipe.steps)
         if self.kept is None or (recipe.every and step - self.chosen_at >= recipe.every):
-            self.kept = sorted(sorted(range(len(flat)), key=lambda i: -abs(flat[i]))[:k])
-            self.chosen_at = step
-            self.numbers = nn.Parameter(torch.zeros(k, dtype=torch.float64))
-            self.optimizer = optimizer_of([self.numbers], recipe)
+            self.keep(sorted(range(len(flat)), key=lambda i: -abs(flat[i]))[:k], step)
+        assert self.kept is not None
         self.numbers.data.zero_()
         self.numbers.grad = torch.tensor([flat[i] for i in self.kept], dtype=torch.float64)
         assert self.optimizer is not None
@@ -89,6 +94,11 @@ class Weight:
         weight = self.parameter.data
         weight.mul_(1 - recipe.lr * recipe.decay)
         weight.add_(moved.t() if self.transposed else moved)
+
+    def keep(self, kept: list[int], step: int) -> None:
+        self.kept, self.chosen_at = sorted(kept), step
+        self.numbers = nn.Parameter(torch.zeros(len(kept), dtype=torch.float64))
+        self.optimizer = optimizer_of([self.numbers], self.recipe)
 
 
 def optimizer_of(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
@@ -118,11 +128,11 @@ class Reference:
     def step(self) -> None:
         """An optimizer step, from the gradients of the model."""
         self.ordinary.step()
-        if self.steps < self.recipe.steps:
+        first = self.recipe.steps - self.recipe.steps // 4
+        if self.steps < first:
             for weight in self.weights:
                 gradient = weight.oriented(weight.parameter.grad).clone()
                 self.stacks.setdefault(weight.shape, []).append(gradient)
-            self.dense.step()
         else:
             for weight in self.weights:
                 if weight.shape not in self.bases:
@@ -132,4 +142,6 @@ class Reference:
                         torch.linalg.svd(torch.cat([g.t() for g in stack], dim=1)).U,
                     )
                 weight.step(self.steps, *self.bases[weight.shape])
+        if self.steps < self.recipe.steps:
+            self.dense.step()
         self.steps += 1

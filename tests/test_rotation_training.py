@@ -97,6 +97,9 @@ RECIPES = {
     "no other candidates": Recipe(0.2, 1, candidates=1.0),
     "all are candidates": Recipe(0.3, 2, candidates=8.0),
     "chosen every 2": Recipe(0.1, 2, every=2),
+    "chosen over 1 step": Recipe(0.1, 4),
+    "chosen over 2 steps": Recipe(0.1, 8),
+    "chosen over 1 step, then every 2": Recipe(0.1, 4, every=2),
     "SGD": Recipe(0.1, 2, momentum=0.9, lr=0.1),
 }
 
@@ -119,7 +122,7 @@ def test_training_is_that_of_the_formula(name, packed):
         sides=recipe.sides,
         choose_every=recipe.every,
     )
-    for step in range(7):
+    for step in range(recipe.steps + 5):
         reference.model.zero_grad()
         loss_of(reference.model(batch(step))).backward()
         reference.step()
@@ -182,20 +185,22 @@ def test_state_is_for_kept_entries_alone():
     assert 0 < state_bytes(run.optimizer) - others + positions <= 2.5 * density * dense
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 4], ids=lambda step: f"at step {step}")
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize("start", [1, 2, 3, 4, 7], ids=lambda step: f"at step {step}")
 @pytest.mark.parametrize("optimizer_first", [False, True])
-def test_resumed_run_equals_the_uninterrupted_one(start, optimizer_first, tmp_path):
-    """At steps 1 and 2 the calibration, of 3 steps, is not done yet; at 3 no entries are chosen yet."""
-    whole = Run(steps=3, choose_every=3).train(0, 8)
-    first = Run(steps=3, choose_every=3).train(0, start)
+def test_resumed_run_equals_the_uninterrupted_one(start, steps, optimizer_first, tmp_path):
+    """At steps 1 and 2 a calibration of 3 steps is not done yet; at 3 no entries are chosen yet. One of 8 steps
+    knows the basis after 6, and at 7 half of what entries are chosen by."""
+    whole = Run(steps=steps, choose_every=3).train(0, 10)
+    first = Run(steps=steps, choose_every=3).train(0, start)
     parts = (first.model, first.backend, first.optimizer)
     torch.save([part.state_dict() for part in parts], tmp_path / "state.pt")
-    second = Run(steps=3, choose_every=3)
+    second = Run(steps=steps, choose_every=3)
     parts = (second.model, second.backend, second.optimizer)
     loaded = list(zip(parts, torch.load(tmp_path / "state.pt", weights_only=True), strict=True))
     for part, state in loaded[::-1] if optimizer_first else loaded:
         part.load_state_dict(state)
-    second.train(start, 8)
+    second.train(start, 10)
     assert torch.equal(second.weights(), whole.weights())
 
 

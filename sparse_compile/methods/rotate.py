@@ -62,6 +62,11 @@ def gradient(dy: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None) -> Tenso
     return _rotated(torch.mm(_rotated(x, v).t(), dy), u).t()
 
 
+def rotated(g: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
+    """S [P, Q] = Uᵀ · G · V of a gradient G [O, I] that is at hand."""
+    return _rotated(g if u is None else torch.mm(u.t(), g), v)
+
+
 def flops(n: int, outputs: int, inputs: int, p: int, q: int, sides: str) -> int:
     """What :func:`gradient` costs for N rows."""
     if sides == "short":

@@ -23,7 +23,9 @@ class RotatedTopK:
     Args:
         density: the share of a weight's entries that is updated, a number in (0, 1]. At 1 nothing is
             rotated: every entry of the ordinary gradient is kept.
-        calibration_steps: optimizer steps during which gradients are recorded, an int >= 1.
+        calibration_steps: optimizer steps during which gradients are recorded, an int >= 1. The first three
+            quarters of them give the basis, and the rest, where it is known, the entries: those with the most
+            energy over these steps. (With fewer than 4, the first gradient after them chooses.)
         candidates: how many entries of the rotated gradient are computed for each that is kept, a number
             >= 1: the corner of the largest expected energy, from which the kept ones are chosen.
         sides: which sides of a weight are rotated: "both", as published, or only the "short" one. That is
@@ -63,6 +65,11 @@ class RotatedTopK:
             every = integer("RotatedTopK.choose_every", self.choose_every, at_least=1)
             store(self, "choose_every", every)
         store(self, "where", _patterns(self.where))
+
+    @property
+    def basis_steps(self) -> int:
+        """After how many steps of the calibration the basis is computed."""
+        return self.calibration_steps - self.calibration_steps // 4
 
     def at(self, fraction: float) -> "RotatedTopK":
         """This method: it is the same at every `fraction` of training.
