@@ -189,8 +189,8 @@ def test_state_is_for_kept_entries_alone():
 @pytest.mark.parametrize("start", [1, 2, 3, 4, 7], ids=lambda step: f"at step {step}")
 @pytest.mark.parametrize("optimizer_first", [False, True])
 def test_resumed_run_equals_the_uninterrupted_one(start, steps, optimizer_first, tmp_path):
-    """At steps 1 and 2 a calibration of 3 steps is not done yet; at 3 no entries are chosen yet. One of 8 steps
-    knows the basis after 6, and at 7 half of what entries are chosen by."""
+    """At steps 1 and 2 a calibration of 3 steps is not done yet; at 3 no entries are chosen yet. One of 8
+    steps knows the basis after 6, and at 7 half of what entries are chosen by."""
     whole = Run(steps=steps, choose_every=3).train(0, 10)
     first = Run(steps=steps, choose_every=3).train(0, start)
     parts = (first.model, first.backend, first.optimizer)
