@@ -203,7 +203,7 @@ class _Packer:
             if is_mask(value):
                 restored = self._pack_mask(value, reader)
             elif value is self._source(value):
-                rounds = self._kinds[value] == ACTIVATION
+                rounds = self._kinds[value] == ACTIVATION and self._method.ratio > 0
                 restored = self._round(value, reader) if rounds else self._pack(value, reader)
             else:
                 operands = {operand: self._restore(operand, reader) for operand in _pruned_operands(value)}

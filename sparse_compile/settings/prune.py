@@ -15,6 +15,9 @@ class PruneSaved:
     The forward is computed with all entries; the backward reads the pruned activations. The gradient to a
     linear's input stays exact, those that need an activation are approximate. Memory is gained, not time.
 
+    Inputs of activation functions (GELU, SiLU, …) are not pruned but rounded to 8 bits, unless the ratio is 0:
+    with zeros in the place of their small entries the slopes of the function would be wrong.
+
     The ratio is one number for the whole training: it decides how large the packed buffers are, and those
     sizes are part of the compiled graph.
 
