@@ -4,12 +4,12 @@ import pruned
 import pytest
 import torch
 from torch import Tensor
+from unread import unread
 
 from sparse_compile import PruneSaved, Schedule, pack_ops, sparse_backend
 from sparse_compile.kernels import on_device
 from sparse_compile.kernels import pack as by_aten
 from sparse_compile.methods import prune
-from tests.unread import unread
 
 ops = torch.ops.sparse_compile
 

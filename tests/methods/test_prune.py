@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from unread import unread
 
 from sparse_compile.kernels import pack as kernel
 from sparse_compile.methods import prune
-from tests.unread import unread
 
 
 def inputs(kind, samples, entries):

@@ -8,11 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from unread import unread
+
 from sparse_compile.kernels import pack as by_aten
 from sparse_compile.kernels.triton import pack as kernel
 from sparse_compile.kernels.triton import reference, select
 from sparse_compile.methods import prune
-from tests.unread import unread
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, ROUNDS = 256, 2
