@@ -21,6 +21,9 @@ from sparse_compile.kernels.triton.select import FORMATS, key_of, kth_largest
 
 _BLOCK = 2048  # entries; a multiple of 8, and less than 2¹⁶
 
+# One build serves all of these: only the alignment of n makes another kernel.
+_jit = triton.jit(do_not_specialize=["blocks", "k"])
+
 
 @triton.jit
 def _my_block(blocks, BLOCK: tl.constexpr):
@@ -60,31 +63,31 @@ def _load_bits(mask, sample, first, n, BLOCK: tl.constexpr):
     return (byte.to(tl.int32) >> (at % 8)) & 1
 
 
-@triton.jit
+@_jit
 def _count_kept(
     x,
     threshold,
-    larger,
-    equal,
+    counts,
     n,
     blocks,
     UNSIGNED: tl.constexpr,
     INFINITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # counts [2, B, blocks]: of larger entries, and of equal ones.
     sample, first = _my_block(blocks, BLOCK)
     _, is_larger, is_equal = _compare(x, threshold, sample, first, n, UNSIGNED, INFINITY, BLOCK)
-    tl.store(larger + tl.program_id(0), tl.sum(is_larger.to(tl.int32), axis=0))
-    tl.store(equal + tl.program_id(0), tl.sum(is_equal.to(tl.int32), axis=0))
+    to = counts + tl.program_id(0)
+    tl.store(to, tl.sum(is_larger.to(tl.int32), axis=0))
+    tl.store(to + tl.num_programs(0), tl.sum(is_equal.to(tl.int32), axis=0))
 
 
-@triton.jit
+@_jit
 def _pack(
     x,
     threshold,
     room,
-    larger_before,
-    equal_before,
+    before,
     mask,
     values,
     n,
@@ -96,27 +99,29 @@ def _pack(
 ):
     sample, first = _my_block(blocks, BLOCK)
     bits, is_larger, is_equal = _compare(x, threshold, sample, first, n, UNSIGNED, INFINITY, BLOCK)
+    larger_before = tl.load(before + tl.program_id(0))
+    equal_before = tl.load(before + tl.num_programs(0) + tl.program_id(0))
     # Of equal entries the first are kept: so many as there is room for, less those of the blocks before.
-    at_all = tl.load(room + sample)
-    taken = tl.minimum(tl.load(equal_before + tl.program_id(0)), at_all)
-    left = tl.minimum(at_all - taken, BLOCK).to(tl.int32)
+    most = tl.load(room + sample)
+    taken = tl.minimum(equal_before, most)
+    left = tl.minimum(most - taken, BLOCK).to(tl.int32)
     # Both are counted by one running sum, in the lower and the upper half of a number.
     both = is_larger.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-    before = tl.cumsum(both, axis=0) - both
-    larger, equal = before & 0xFFFF, before >> 16
+    running = tl.cumsum(both, axis=0) - both
+    larger, equal = running & 0xFFFF, running >> 16
     kept = is_larger | (is_equal & (equal < left))
-    to = values + sample * k + tl.load(larger_before + tl.program_id(0)) + taken
+    to = values + sample * k + larger_before + taken
     tl.store(to + larger + tl.minimum(equal, left), bits, mask=kept)
     _store_bits(mask, kept, sample, first, n, BLOCK)
 
 
-@triton.jit
+@_jit
 def _count_ones(mask, ones, n, blocks, BLOCK: tl.constexpr):
     sample, first = _my_block(blocks, BLOCK)
     tl.store(ones + tl.program_id(0), tl.sum(_load_bits(mask, sample, first, n, BLOCK), axis=0))
 
 
-@triton.jit
+@_jit
 def _unpack(mask, values, before, x, n, blocks, k, BLOCK: tl.constexpr):
     sample, first = _my_block(blocks, BLOCK)
     at = tl.arange(0, BLOCK)
@@ -128,7 +133,7 @@ def _unpack(mask, values, before, x, n, blocks, k, BLOCK: tl.constexpr):
     tl.store(x + sample * n + first + at, value, mask=at < n - first)
 
 
-@triton.jit
+@_jit
 def _pack_bits(bits, mask, n, blocks, BLOCK: tl.constexpr):
     sample, first = _my_block(blocks, BLOCK)
     at = tl.arange(0, BLOCK)
@@ -136,7 +141,7 @@ def _pack_bits(bits, mask, n, blocks, BLOCK: tl.constexpr):
     _store_bits(mask, flags != 0, sample, first, n, BLOCK)
 
 
-@triton.jit
+@_jit
 def _unpack_bits(mask, bits, n, blocks, BLOCK: tl.constexpr):
     sample, first = _my_block(blocks, BLOCK)
     at = tl.arange(0, BLOCK)
@@ -152,14 +157,13 @@ def pack(x: Tensor, samples: int, k: int) -> tuple[Tensor, Tensor]:
     form = FORMATS[x.dtype]
     bits = flat.view(form.bits)
     blocks = triton.cdiv(n, _BLOCK)
-    larger_equal = torch.empty(2, samples, blocks, dtype=torch.int32, device=x.device)
-    _count_kept[(samples * blocks,)](
-        bits, threshold, *larger_equal, n, blocks, **form.constants, BLOCK=_BLOCK
-    )
+    grid = (samples * blocks,)
+    counts = torch.empty(2, samples, blocks, dtype=torch.int32, device=x.device)
+    _count_kept[grid](bits, threshold, counts, n, blocks, **form.constants, BLOCK=_BLOCK)
     mask = torch.empty(samples, triton.cdiv(n, 8), dtype=torch.uint8, device=x.device)
     values = torch.empty(samples * k, dtype=x.dtype, device=x.device)
-    _pack[(samples * blocks,)](
-        *(bits, threshold, room, *_before(larger_equal), mask, values.view(form.bits), n, blocks, k),
+    _pack[grid](
+        *(bits, threshold, room, _before(counts), mask, values.view(form.bits), n, blocks, k),
         **form.constants,
         BLOCK=_BLOCK,
     )

@@ -57,7 +57,7 @@ def key_of(bits, UNSIGNED: tl.constexpr, INFINITY: tl.constexpr):
     return tl.minimum(bits.to(tl.int32) & UNSIGNED, INFINITY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def _count_digits(
     x,
     threshold,

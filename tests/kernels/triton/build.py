@@ -76,21 +76,21 @@ def build(
 
     others = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32"}
     others |= {"live": "*i8"}
-    others |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "larger": "*i32", "equal": "*i32"}
-    others |= {"larger_before": "*i64", "equal_before": "*i64", "before": "*i64", "ones": "*i32"}
-    others |= {"mask": "*u8", "bits": "*i8"}
+    others |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32"}
+    others |= {"before": "*i64", "ones": "*i32", "mask": "*u8", "bits": "*i8"}
     tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
+    unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants or name in unit:
             signature[name] = "constexpr"
             continue
-        if sizes == "ones" and name not in others and name not in tensors:
+        if sizes == "ones" and name not in others and name not in tensors and name not in unspecialized:
             signature[name], unit[name] = "constexpr", 1
             continue
         signature[name] = others.get(name) or (f"*{dtype}" if name in tensors else "i32")
-        if sizes == "multiples of 16" and name != "splits":
+        if sizes == "multiples of 16" and name not in unspecialized:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs={**unit, **constants}, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
