@@ -1,9 +1,10 @@
-"""What the Triton kernels are worth on the GPU at hand: their tests, then four comparisons, in 8 minutes.
+"""What the Triton kernels are worth on the GPU at hand: their tests, then five comparisons, in 8 minutes.
 
     products    the gathered products against cuBLAS on as many dense rows: the rate that is reached
     linear      the whole backward of one linear, rows chosen and gathered, against the two dense products
     steps       training steps of a BERT-large- and a 1B-Llama-shaped model against plain torch.compile
     padding     steps under Schedule.exact(), on batches padded to twice their length and on full ones
+    packing     packing and unpacking of saved activations against a copy of them; see gpu_pack.py
 
 Times are medians over rounds, in which every variant runs once; device events on a GPU. Every number is a
 ratio, above 1 where ours is faster. Needs torch, triton, transformers, rich and pytest, and neither a network
@@ -32,6 +33,7 @@ ROOT = from_source.ROOT
 TESTS = (
     "tests/kernels/triton/test_products.py",
     "tests/kernels/triton/test_row_stats.py",
+    "tests/kernels/triton/test_pack.py",
     "tests/methods/test_on_device.py",
     "tests/test_device_linear.py",
 )
@@ -261,7 +263,19 @@ def padding(device: torch.device, smoke: bool) -> list[Row]:
     return rows
 
 
-SECTIONS = {"products": products, "linear": linear, "steps": steps, "padding": padding}
+def packing(device: torch.device, smoke: bool) -> list[Row]:
+    """Rates are bytes of the activation a second."""
+    import gpu_pack
+
+    rows = []
+    for what, size, runs in gpu_pack.candidates(device, smoke):
+        seconds = medians(runs, rounds=2 if smoke else 30)
+        rates = {"gb_per_s": size / seconds["ours"] / 1e9, "copy_gb_per_s": size / seconds["copy"] / 1e9}
+        rows.append(row(what, seconds, "ours", "copy", None) | rates)
+    return rows
+
+
+SECTIONS = {"products": products, "linear": linear, "steps": steps, "padding": padding, "packing": packing}
 
 
 def run_tests() -> bool:
@@ -303,7 +317,8 @@ def print_table(rows: list[Row]) -> None:
     for line in rows:
         wanted = "" if line["wanted"] is None else f"≥ {line['wanted']:g}"
         numbers = (f"{line['ours_ms']:.3f}", f"{line['theirs_ms']:.3f}", f"{line['ratio']:.2f}")
-        table.add_row(line["what"], *numbers, wanted)
+        rate = f", {line['gb_per_s']:.0f} GB/s" if "gb_per_s" in line else ""
+        table.add_row(line["what"] + rate, *numbers, wanted)
     Console(width=120).print(table)
 
 

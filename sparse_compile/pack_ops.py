@@ -15,17 +15,20 @@
     every entry in 8 bits: x [..., I], whole int8 [..., I], steps [..., 1].
 
 They are pure functions: what they do is decided when a graph is compiled, because the sizes of what they
-return are part of the graph.
+return are part of the graph. On a GPU they are launches alone, and the host reads nothing of what they find:
+CUDA graphs may hold them.
 """
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import pack as kernel
+from sparse_compile.kernels import on_device, triton
+from sparse_compile.kernels import pack as by_aten
 from sparse_compile.methods import prune
 from sparse_compile.methods.rows import wide
 
@@ -52,26 +55,36 @@ torch.library.impl(_library, "round_rows", "CompositeExplicitAutograd")(kernel.r
 torch.library.impl(_library, "restore_rows", "CompositeExplicitAutograd")(kernel.restore_rows)
 
 
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """What packs and unpacks tensors like this: Triton where it can, or ATen. Both give the same bits."""
+    if dtype in (*triton.DTYPES, torch.bool) and on_device.available(device):
+        from sparse_compile.kernels.triton import pack as by_triton
+
+        return by_triton
+    return by_aten
+
+
 @torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
 def _pack(x: Tensor, samples: int, keep: float, values: str) -> tuple[Tensor, Tensor, Tensor]:
-    mask, kept = kernel.pack(x, samples, prune.count(keep, x.numel() // samples))
+    k = prune.count(keep, x.numel() // samples)
+    mask, kept = _kernels(x.device, x.dtype).pack(x, samples, k)
     return mask, *prune.narrow(kept, values)
 
 
 @torch.library.impl(_library, "unpack", "CompositeExplicitAutograd")
 def _unpack(mask: Tensor, kept: Tensor, scales: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     values = prune.widen(kept, scales, dtype)
-    return kernel.unpack(mask, values, math.prod(size) // len(mask)).view(size)
+    return _kernels(mask.device, dtype).unpack(mask, values, math.prod(size) // len(mask)).view(size)
 
 
 @torch.library.impl(_library, "pack_bits", "CompositeExplicitAutograd")
 def _pack_bits(x: Tensor) -> Tensor:
-    return kernel.pack_bits(x.reshape(1, -1))
+    return _kernels(x.device, x.dtype).pack_bits(x.reshape(1, -1))
 
 
 @torch.library.impl(_library, "unpack_bits", "CompositeExplicitAutograd")
 def _unpack_bits(mask: Tensor, size: list[int]) -> Tensor:
-    return kernel.unpack_bits(mask, math.prod(size)).reshape(size)
+    return _kernels(mask.device, torch.bool).unpack_bits(mask, math.prod(size)).reshape(size)
 
 
 @torch.library.register_fake("sparse_compile::pack")

@@ -15,6 +15,9 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts, not a package
 
 import gpu
+import gpu_pack
+
+from sparse_compile.kernels.triton import pack as by_triton
 
 ROOT = gpu.ROOT
 
@@ -29,9 +32,22 @@ def test_every_section_runs_and_is_written_down(tmp_path: Path, capsys: pytest.C
     assert {"torch", "triton", "transformers"} <= found["versions"].keys()
     printed = capsys.readouterr().out
     lines = [line for rows in found["sections"].values() for line in rows]
-    assert len(lines) == 6 + 6 + 4 + 2
+    assert len(lines) == 6 + 6 + 4 + 2 + 4
     assert all(line["ours_ms"] > 0 and line["theirs_ms"] > 0 and line["ratio"] > 0 for line in lines)
     assert all(line["what"] in printed for line in lines)
+
+
+def test_packing_is_checked_and_has_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = gpu.packing(device, smoke=True)
+    assert [line["what"].split(",")[:2] for line in lines] == [
+        [name, f" {dtype}"] for dtype in ("float32", "bfloat16") for name in ("pack", "unpack")
+    ]
+    for line in lines:
+        assert line["ratio"] == pytest.approx(line["gb_per_s"] / line["copy_gb_per_s"])
+    monkeypatch.setattr(by_triton, "unpack", lambda mask, values, entries: values.new_zeros(2, 100))
+    with pytest.raises(AssertionError, match="unpack gives another activation"):
+        gpu_pack.kernels(torch.randn(2, 100, device=device), 10)
 
 
 def test_a_section_after_the_time_is_over_is_left_out(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ from sparse_compile.methods.rows import Estimate, Rows
 
 
 def usable(dy: Tensor) -> bool:
-    """Whether the kernels can multiply ``dy``: on an Ampere GPU or a newer one, in a dtype that they know."""
+    """Whether the kernels can multiply ``dy``: on a GPU for which they are, in a dtype that they know."""
+    return dy.dtype in triton.DTYPES and available(dy.device)
+
+
+def available(device: torch.device) -> bool:
+    """Whether there are kernels for ``device``: an Ampere GPU or a newer one."""
     return (
-        dy.is_cuda
-        and dy.dtype in triton.DTYPES
+        device.type == "cuda"
         and triton.installed()
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(dy.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 

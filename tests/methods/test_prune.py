@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from unread import unread
 
 from sparse_compile.kernels import pack as kernel
 from sparse_compile.methods import prune
@@ -50,6 +51,22 @@ def test_packed_form_keeps_what_the_formula_keeps(kind, shape, keep):
     assert mask.shape == (shape[0], -(-shape[1] // 8))
     assert kept.shape == (shape[0] * k,)
     assert torch.equal(kernel.unpack(mask, kept, shape[1]), prune.prune(x, shape[0], keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sorting_finds_the_same(kind, dtype):
+    """What a GPU does without Triton, with nothing that the host has to know."""
+    x = inputs(kind, 3, 1001).to(dtype)
+    x[1, 7], x[1, 8], x[1, 9] = torch.inf, torch.nan, -torch.inf
+    for k in (1, 2, 100, 1001):
+        with unread():
+            mask, kept = kernel.pack_by_sorting(x, k)
+            back = kernel.unpack(mask, kept, 1001)
+        wanted_mask, wanted = kernel.pack(x, 3, k)
+        assert torch.equal(mask, wanted_mask)
+        torch.testing.assert_close(kept, wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(back, kernel.unpack(mask, wanted, 1001), rtol=0, atol=0, equal_nan=True)
 
 
 def test_samples_of_a_layout_that_is_not_contiguous():

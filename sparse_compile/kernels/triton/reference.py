@@ -67,3 +67,18 @@ def weight_gradient(
         gradients *= scale[: int(count)].float().unsqueeze(1)
     dw = gradients.t() @ x[rows].float()
     return dw.t() if transposed else dw
+
+
+def kth_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th largest magnitude of every row, and how many of those equal to it are among the k largest.
+
+    Args:
+        x: [B, n], float32, bfloat16 or float16. What is not a number counts as infinite.
+
+    Returns:
+        (threshold int32 [B], the bits of that magnitude; room int64 [B]).
+    """
+    magnitude = x.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    least = magnitude.sort(dim=1, descending=True).values[:, k - 1]
+    bits = least.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    return bits.int(), k - (magnitude > least.unsqueeze(1)).sum(1)

@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 CAPABILITIES = (80, 90)
 
 
@@ -74,18 +76,21 @@ def build(
 
     others = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32"}
     others |= {"live": "*i8"}
-    tensors = {"dy", "w", "base", "products", "a", "b", "sums"}
+    others |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32"}
+    others |= {"before": "*i64", "ones": "*i32", "mask": "*u8", "bits": "*i8"}
+    tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
+    unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants or name in unit:
             signature[name] = "constexpr"
             continue
-        if sizes == "ones" and name not in others and name not in tensors:
+        if sizes == "ones" and name not in others and name not in tensors and name not in unspecialized:
             signature[name], unit[name] = "constexpr", 1
             continue
         signature[name] = others.get(name) or (f"*{dtype}" if name in tensors else "i32")
-        if sizes == "multiples of 16" and name != "splits":
+        if sizes == "multiples of 16" and name not in unspecialized:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs={**unit, **constants}, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -195,6 +200,39 @@ def odd_sizes() -> Iterator[Built]:
         )
 
 
+def packing() -> Iterator[Built]:
+    """Selection and packing. Numbers are bits to them: float16 differs from bfloat16 in a constant."""
+    from sparse_compile.kernels.triton import pack, select
+
+    targets = [("multiples of 16", capability) for capability in CAPABILITIES] + [("ones", 90), ("any", 90)]
+    for dtype in (torch.float32, torch.bfloat16):
+        form = select.FORMATS[dtype]
+        block = {"BLOCK": pack._BLOCK}
+        digit = {"WIDTH": form.digits[0], "BINS": select._BINS}
+        counting = {**form.constants, **digit, "SHIFT": sum(form.digits[1:]), "ROUNDS": select._ROUNDS}
+        chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
+            ("count_digits", select._count_digits, {**counting, "BLOCK": select._BLOCK}, {"num_warps": 8}),
+            ("choose_digit", select._choose_digit, digit, {}),
+            ("count_kept", pack._count_kept, {**form.constants, **block}, {}),
+            ("pack", pack._pack, {**form.constants, **block}, {}),
+            ("count_ones", pack._count_ones, block, {}),
+            ("unpack", pack._unpack, block, {}),
+            ("pack_bits", pack._pack_bits, block, {}),
+            ("unpack_bits", pack._unpack_bits, block, {}),
+        ]
+        integers = "i32" if form.bits == torch.int32 else "i16"
+        for (name, kernel, constants, options), (sizes, capability) in itertools.product(chosen, targets):
+            yield Built(
+                kernel=name,
+                tile=str(constants),
+                dtype=integers,
+                precision="",
+                scaled=False,
+                capability=capability,
+                **build(kernel, constants, integers, capability, sizes=sizes, **options),
+            )
+
+
 if __name__ == "__main__":
-    everything = itertools.chain(products(), others(), odd_sizes())
+    everything = itertools.chain(products(), others(), odd_sizes(), packing())
     json.dump([dataclasses.asdict(built) for built in everything], sys.stdout)

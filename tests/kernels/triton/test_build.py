@@ -32,6 +32,8 @@ def built() -> list[Built]:
 
 def test_every_kernel_was_built_for_every_target(built: list[Built]) -> None:
     kernels = {"gather_matmul", "gather_reduce", "row_stats", "live_rows", "compact"}
+    kernels |= {"count_digits", "choose_digit", "count_kept", "pack", "count_ones", "unpack"}
+    kernels |= {"pack_bits", "unpack_bits"}
     assert {(b.kernel, b.capability) for b in built} == {(name, c) for name in kernels for c in (80, 90)}
     for sizes in ("ones", "any"):
         assert {b.kernel for b in built if b.sizes == sizes} == kernels
