@@ -7,7 +7,8 @@ reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance re
 sample:K[/WORD...]    sparse_compile, Schedule(linear=Sample(K)); WORD is clip=C, input or weight
 blocks-sample:K, …    the same for another field of the schedule; join several by +, for instance
                       blocks-sample:0.5+sample:0.25/weight
-prune:R[/FORM]        Schedule(saved_activations=PruneSaved(R)); FORM is fp16, bf16 or int8; also joined by +
+prune:R[/WORD...]     Schedule(saved_activations=PruneSaved(R)); WORD is fp16, bf16 or int8, or plain (not
+                      centred); also joined by +
 vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
@@ -33,7 +34,7 @@ FIELDS = ("linear", "attention", "blocks")
 ALLOWED = (
     "exact, [FIELD-]reuse:RATIO[/row|element|mean|sample|refresh=K],"
     " [FIELD-]sample:KEEP[/clip=C|input|weight]"
-    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), prune:RATIO[/fp16|bf16|int8],"
+    f" (FIELD is {' or '.join(FIELDS)}; several joined by +), prune:RATIO[/fp16|bf16|int8|plain],"
     " vcas[/solve|freq=N|tau=T], eager, eager-resprop:RATIO"
 )
 
@@ -102,7 +103,8 @@ def _parse_method(name: str, part: str) -> tuple[str, dict[str, Any]]:
     target, kind = fields[method]
     amount, *words = rest.split("/")
     if kind == "prune":
-        return target, {"method": "prune_saved", "ratio": _number(name, amount), **_prune_option(name, words)}
+        options = dict(_prune_option(name, word) for word in words)
+        return target, {"method": "prune_saved", "ratio": _number(name, amount), **options}
     options = dict((_reuse_option if kind == "reuse" else _sample_option)(name, word) for word in words)
     if kind == "sample":
         return target, {"method": kind, "keep": _number(name, amount), **options}
@@ -128,10 +130,12 @@ def _reuse_option(name: str, word: str) -> tuple[str, str | int]:
     raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
 
 
-def _prune_option(name: str, words: list[str]) -> dict[str, str]:
-    if len(words) > 1:
-        raise ValueError(f"methods: {name!r} has the word {words[1]!r}; allowed are {ALLOWED}")
-    return {"values": words[0]} if words else {}
+def _prune_option(name: str, word: str) -> tuple[str, str | bool]:
+    if word == "plain":
+        return "center", False
+    if word in ("same", "fp16", "bf16", "int8"):
+        return "values", word
+    raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
 
 
 def _vcas_option(name: str, word: str) -> tuple[str, str | float]:

@@ -62,6 +62,7 @@ from sparse_compile.sites import SAVED_KINDS, SavedRecord
 aten = torch.ops.aten
 ours = torch.ops.sparse_compile
 
+_FEWEST_ROWS = 16  # of a group, for whose means a sixteenth of the entries may be spent
 SMALLEST = 1024  # entries; for less, an op costs more than the memory is worth
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -218,11 +219,14 @@ class _Packer:
         with self._graph.inserting_before(whole.next):
             samples = g.size(self._graph, whole, 0)
             size = [g.size(self._graph, source, dim) for dim in range(value.dim())]
-            keep = 1 - self._method.ratio
+            groups = _groups(self._graph, source, samples) if self._method.center else 0
             packed = g.call(
-                self._graph, ours.pack.default, source, samples, keep, self._method.values, like=source
+                self._graph,
+                ours.pack.default,
+                *(source, samples, groups, 1 - self._method.ratio, self._method.values),
+                like=source,
             )
-            parts = [g.call(self._graph, operator.getitem, packed, i, like=source) for i in range(3)]
+            parts = [g.call(self._graph, operator.getitem, packed, i, like=source) for i in range(4)]
         _keep_in_forward(packed, *parts)
         self._note(source, self._kinds[source], parts)
         return self._unpack(reader, ours.unpack.default, *parts, size, value.dtype)
@@ -345,6 +349,24 @@ def _with_samples(source: Node) -> Node:
         forms.extend(views)
         found.extend(views)
     return max(found, key=lambda node: len(g.shape_of(node)))
+
+
+def _groups(graph: Graph, source: Node, samples: int | Node) -> int | Node:
+    """Of how many groups of rows the means are taken off: the tokens of each sample, or of each of its heads.
+    0 where there are so few rows in a group that a mean would be a good part of it."""
+    rows = g.sizes(g.shape_of(source))[-2]
+    leading = range(len(g.shape_of(source)) - 2)
+    if not leading:
+        known = samples if isinstance(samples, int) else samples.meta["val"]
+        return samples if rows >= _FEWEST_ROWS * g.sizes((known,))[0] else 0
+    groups: int | Node = 1
+    for dim in leading if rows >= _FEWEST_ROWS else ():
+        size = g.size(graph, source, dim)
+        if isinstance(groups, int) and (groups == 1 or isinstance(size, int)):
+            groups = size if groups == 1 else groups * size  # type: ignore[assignment]
+        else:
+            groups = g.call(graph, operator.mul, groups, size, like=source)
+    return groups if rows >= _FEWEST_ROWS else 0
 
 
 def _keep_in_forward(*nodes: Node) -> None:

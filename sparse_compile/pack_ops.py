@@ -1,12 +1,13 @@
 """The custom ops that carry pruned activations from the forward to the backward; see ``passes/saved.py``.
 
-``pack(x, samples, keep, values) -> (mask, kept, scales)``
-    x of any shape, B samples one after the other with n entries each; k = round(keep · n) of them are kept.
-    mask uint8 [B, ceil(n / 8)]; kept [B · k] in the form that ``values`` names; scales float32, empty unless
-    that is int8.
+``pack(x, samples, groups, keep, values) -> (mask, kept, scales, means)``
+    x [..., I], B samples one after the other with n entries each; k = round(keep · n) of them are kept. If
+    there are ``groups`` of rows, G, their means are taken off first: means [G, I], else empty. mask uint8
+    [B, ceil(n / 8)]; kept [B · k] in the form that ``values`` names; scales float32, empty unless that is
+    int8.
 
-``unpack(mask, kept, scales, size, dtype) -> x̂``
-    the pruned activation, contiguous, with zeros where nothing was kept.
+``unpack(mask, kept, scales, means, size, dtype) -> x̂``
+    the pruned activation, contiguous, with the mean, or zero, where nothing was kept.
 
 ``pack_bits(x) -> mask``, ``unpack_bits(mask, size) -> x``
     the same for bool tensors, of which every entry is kept.
@@ -35,10 +36,14 @@ from sparse_compile.methods.rows import wide
 _library = torch.library.Library("sparse_compile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 _library.define(
-    "pack(Tensor x, SymInt samples, float keep, str values) -> (Tensor, Tensor, Tensor)", tags=_TAGS
+    "pack(Tensor x, SymInt samples, SymInt groups, float keep, str values)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _library.define(
-    "unpack(Tensor mask, Tensor kept, Tensor scales, SymInt[] size, ScalarType dtype) -> Tensor", tags=_TAGS
+    "unpack(Tensor mask, Tensor kept, Tensor scales, Tensor means, SymInt[] size, ScalarType dtype)"
+    " -> Tensor",
+    tags=_TAGS,
 )
 _library.define("round_rows(Tensor x) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define("restore_rows(Tensor whole, Tensor steps, ScalarType dtype) -> Tensor", tags=_TAGS)
@@ -51,8 +56,8 @@ torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack.default)
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack_bits.default)
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.round_rows.default)
 
-torch.library.impl(_library, "round_rows", "CompositeExplicitAutograd")(kernel.round_rows)
-torch.library.impl(_library, "restore_rows", "CompositeExplicitAutograd")(kernel.restore_rows)
+torch.library.impl(_library, "round_rows", "CompositeExplicitAutograd")(by_aten.round_rows)
+torch.library.impl(_library, "restore_rows", "CompositeExplicitAutograd")(by_aten.restore_rows)
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -65,16 +70,28 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 
 @torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
-def _pack(x: Tensor, samples: int, keep: float, values: str) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(
+    x: Tensor, samples: int, groups: int, keep: float, values: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    means = x.new_empty(0)
+    if groups:
+        rows = x.reshape(groups, -1, x.shape[-1])
+        means = rows.mean(1)
+        x = rows - means.unsqueeze(1)
     k = prune.count(keep, x.numel() // samples)
     mask, kept = _kernels(x.device, x.dtype).pack(x, samples, k)
-    return mask, *prune.narrow(kept, values)
+    return mask, *prune.narrow(kept, values), means
 
 
 @torch.library.impl(_library, "unpack", "CompositeExplicitAutograd")
-def _unpack(mask: Tensor, kept: Tensor, scales: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+def _unpack(
+    mask: Tensor, kept: Tensor, scales: Tensor, means: Tensor, size: list[int], dtype: torch.dtype
+) -> Tensor:
     values = prune.widen(kept, scales, dtype)
-    return _kernels(mask.device, dtype).unpack(mask, values, math.prod(size) // len(mask)).view(size)
+    x = _kernels(mask.device, dtype).unpack(mask, values, math.prod(size) // len(mask))
+    if len(means):
+        x.view(len(means), -1, means.shape[1]).add_(means.unsqueeze(1))
+    return x.view(size)
 
 
 @torch.library.impl(_library, "pack_bits", "CompositeExplicitAutograd")
@@ -88,16 +105,21 @@ def _unpack_bits(mask: Tensor, size: list[int]) -> Tensor:
 
 
 @torch.library.register_fake("sparse_compile::pack")
-def _pack_fake(x: Tensor, samples: int, keep: float, values: str) -> tuple[Tensor, Tensor, Tensor]:
+def _pack_fake(
+    x: Tensor, samples: int, groups: int, keep: float, values: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entries = x.numel() // samples
     mask = x.new_empty(samples, (entries + 7) // 8, dtype=torch.uint8)
     kept = x.new_empty(samples * prune.count(keep, entries), dtype=prune.stored_dtype(x.dtype, values))
-    groups = (len(kept) + prune.GROUP - 1) // prune.GROUP if values == "int8" else 0
-    return mask, kept, x.new_empty(groups, dtype=torch.float32)
+    scales = (len(kept) + prune.GROUP - 1) // prune.GROUP if values == "int8" else 0
+    means = x.new_empty((groups, x.shape[-1]) if groups else 0)
+    return mask, kept, x.new_empty(scales, dtype=torch.float32), means
 
 
 @torch.library.register_fake("sparse_compile::unpack")
-def _unpack_fake(mask: Tensor, kept: Tensor, scales: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+def _unpack_fake(
+    mask: Tensor, kept: Tensor, scales: Tensor, means: Tensor, size: list[int], dtype: torch.dtype
+) -> Tensor:
     return kept.new_empty(size, dtype=dtype)
 
 

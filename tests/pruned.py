@@ -13,8 +13,12 @@ from torch import Tensor, nn
 HIDDEN, HEADS = 32, 4
 
 
-def largest(x: Tensor, ratio: float) -> Tensor:
-    """x with all but the largest entries of each of its samples (the first dimension) set to zero."""
+def largest(x: Tensor, ratio: float, center: bool = False) -> Tensor:
+    """x with all but the largest entries of each of its samples (the first dimension) set to zero; with
+    ``center`` the same of what x [..., T, I] differs by from its mean over T, which is added again."""
+    if center:
+        mean = x.mean(-2, keepdim=True)
+        return mean + largest(x - mean, ratio)
     kept = torch.zeros(len(x), x[0].numel(), dtype=x.dtype)
     for out, sample in zip(kept, x.reshape(len(x), -1), strict=True):
         k = max(1, round((1 - ratio) * len(sample)))
@@ -51,9 +55,9 @@ class PrunedNorm(torch.autograd.Function):
     """Layer norm whose backward reads a pruned input, and the mean and deviation of the whole one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ratio: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, 1e-5)
-        ctx.save_for_backward(largest(x, ratio), mean, rstd, weight)
+        ctx.save_for_backward(other, mean, rstd, weight)
         return y
 
     @staticmethod
@@ -62,7 +66,7 @@ class PrunedNorm(torch.autograd.Function):
         normal = (x - mean) * rstd
         inner = dy * weight
         dx = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
-        return dx * rstd, (dy * normal).sum((0, 1)), dy.sum((0, 1)), None
+        return dx * rstd, None, (dy * normal).sum((0, 1)), dy.sum((0, 1))
 
 
 class Block(nn.Module):
@@ -92,14 +96,14 @@ class Block(nn.Module):
         up = getattr(F, self.activation)(self.up(self.second(h)))
         return h + F.dropout(self.down(up), self.dropout, training=self.training)
 
-    def pruned(self, x: Tensor, ratio: float) -> Tensor:
-        """The same output, with the gradients of Back Razor."""
+    def pruned(self, x: Tensor, ratio: float, center: bool = False) -> Tensor:
+        """The same output, with the gradients of Back Razor, or of a centred one."""
 
         def p(value: Tensor) -> Tensor:
-            return largest(value.detach(), ratio)
+            return largest(value.detach(), ratio, center)
 
         def norm(layer: nn.LayerNorm, value: Tensor) -> Tensor:
-            return PrunedNorm.apply(value, layer.weight, layer.bias, ratio)  # type: ignore[no-any-return]
+            return PrunedNorm.apply(value, p(value), layer.weight, layer.bias)  # type: ignore[no-any-return]
 
         def linear(layer: nn.Linear, value: Tensor, other: Tensor) -> Tensor:
             parameters = (layer.weight, layer.bias)

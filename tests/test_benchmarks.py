@@ -269,9 +269,14 @@ def test_presets_say_their_sizes_and_refuse_fixed_ones() -> None:
 
 
 def test_pruning_is_parsed() -> None:
-    plain, joined = variants.parse_methods("prune:0.9,prune:0.5/int8+reuse:0.9")
+    plain, joined = variants.parse_methods("prune:0.9,prune:0.5/int8/plain+reuse:0.9")
     assert plain.schedule == {"saved_activations": {"method": "prune_saved", "ratio": 0.9}}
-    assert joined.schedule["saved_activations"] == {"method": "prune_saved", "ratio": 0.5, "values": "int8"}
+    assert joined.schedule["saved_activations"] == {
+        "method": "prune_saved",
+        "ratio": 0.5,
+        "values": "int8",
+        "center": False,
+    }
     assert joined.schedule["linear"]["method"] == "reuse"
     for wrong in ("prune", "prune:", "prune:x", "prune:0.5/int8/fp16"):
         with pytest.raises(ValueError, match="methods: "):

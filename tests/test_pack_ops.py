@@ -16,16 +16,22 @@ ops = torch.ops.sparse_compile
 
 @pytest.mark.parametrize("values", ["same", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pack_and_unpack(values, dtype):
-    x = torch.randn(3, 7, 100).to(dtype)
-    torch.library.opcheck(ops.pack.default, (x, 3, 0.25, values))
-    mask, kept, scales = ops.pack(x, 3, 0.25, values)
-    torch.library.opcheck(ops.unpack.default, (mask, kept, scales, [3, 7, 100], dtype))
-    back = ops.unpack(mask, kept, scales, [3, 7, 100], dtype)
+@pytest.mark.parametrize("groups", [0, 3, 21])
+def test_pack_and_unpack(values, dtype, groups):
+    x = (torch.randn(3, 7, 100) + 2 * torch.randn(100)).to(dtype)
+    torch.library.opcheck(ops.pack.default, (x, 3, groups, 0.25, values))
+    packed = ops.pack(x, 3, groups, 0.25, values)
+    torch.library.opcheck(ops.unpack.default, (*packed, [3, 7, 100], dtype))
+    back = ops.unpack(*packed, [3, 7, 100], dtype)
     assert back.dtype == dtype
     expected = prune.prune(x, 3, 0.25)
-    assert torch.equal(back != 0, expected != 0) or values == "int8"
-    torch.testing.assert_close(back, expected, rtol=0 if values == "same" else 0.02, atol=0.02)
+    if groups:
+        means = x.view(groups, -1, 100).mean(1, keepdim=True)
+        expected = prune.prune(x.view(groups, -1, 100) - means, 3, 0.25).view(groups, -1, 100) + means
+        expected = expected.view(x.shape)
+    else:
+        assert torch.equal(back != 0, expected != 0) or values == "int8"
+    torch.testing.assert_close(back, expected, rtol=0 if values == "same" else 0.02, atol=0.03)
 
 
 def test_bits():
@@ -54,14 +60,14 @@ def as_on_a_gpu(monkeypatch):
 def test_on_a_gpu_the_results_are_those_of_the_cpu(values, dtype, device, monkeypatch):
     x = torch.randn(2, 7, 43).to(dtype)
     x[0, 0, :20] = 1.5
-    packed = ops.pack(x, 2, 0.25, values)
+    packed = ops.pack(x, 2, 0, 0.25, values)
     wanted = [*packed, ops.unpack(*packed, [2, 7, 43], dtype)]
     pytest.importorskip("triton")
     monkeypatch.setattr(on_device, "available", lambda device: True)
     x = x.to(device)
-    torch.library.opcheck(ops.pack.default, (x, 2, 0.25, values))
+    torch.library.opcheck(ops.pack.default, (x, 2, 0, 0.25, values))
     with unread():
-        packed = ops.pack(x, 2, 0.25, values)
+        packed = ops.pack(x, 2, 0, 0.25, values)
         ours = [*packed, ops.unpack(*packed, [2, 7, 43], dtype)]
     torch.library.opcheck(ops.unpack.default, (*packed, [2, 7, 43], dtype))
     for one, other in zip(ours, wanted, strict=True):

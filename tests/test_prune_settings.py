@@ -23,6 +23,11 @@ def test_values(values):
         PruneSaved(0.9, values)
 
 
+def test_center_is_a_bool():
+    with pytest.raises(ValueError, match=r"^PruneSaved.center is 1; allowed is True or False.$"):
+        PruneSaved(0.9, center=1)
+
+
 def test_it_is_refused_where_it_does_not_belong():
     with pytest.raises(ValueError, match=r"^Schedule.linear is PruneSaved"):
         Schedule(linear=PruneSaved(0.9))
@@ -38,14 +43,16 @@ def test_json_round_trip():
         "method": "prune_saved",
         "ratio": 0.75,
         "values": "int8",
+        "center": True,
     }
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 def test_it_holds_at_every_step():
     schedule = Schedule.back_razor(0.8, exclude="head", total_steps=10)
-    assert schedule.saved_activations == PruneSaved(0.8)
-    assert schedule.at(0).saved_activations == schedule.at(10).saved_activations == PruneSaved(0.8)
+    published = PruneSaved(0.8, center=False)
+    assert schedule.saved_activations == published
+    assert schedule.at(0).saved_activations == schedule.at(10).saved_activations == published
     assert schedule.exclude == ("head",)
     with pytest.raises(ValueError, match=r"^The fraction in PruneSaved\.at is -1"):
         PruneSaved(0.5).at(-1)

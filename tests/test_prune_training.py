@@ -44,9 +44,9 @@ def gradients(run, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {**found, "x": x.grad.clone()}
 
 
-def batch() -> Tensor:
+def batch(tokens: int = TOKENS) -> Tensor:
     return torch.randn(
-        BATCH, TOKENS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        BATCH, tokens, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
     ).requires_grad_()
 
 
@@ -82,6 +82,30 @@ def test_gradients_are_those_of_the_formula(form, ratio):
     run, _ = compiled(model, Schedule.back_razor(ratio))
     assert_close(gradients(run, model, x), expected)
     assert not torch.allclose(expected["down.weight"], dense["down.weight"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+@pytest.mark.parametrize("form", FORMS)
+def test_centred_gradients_are_those_of_the_formula(form, ratio):
+    model, x = block(**FORMS[form]), batch(tokens=16)
+    expected = gradients(lambda x: model.pruned(x, ratio, center=True), model, x)
+    plain = gradients(lambda x: model.pruned(x, ratio), model, x)
+    run, backend = compiled(model, Schedule(saved_activations=PruneSaved(ratio)))
+    assert_close(gradients(run, model, x), expected)
+    assert not torch.allclose(expected["q.weight"], plain["q.weight"], rtol=1e-2)
+    by_kind = {kind.kind: kind for kind in backend.report().saved}
+    # A bit for each entry, the kept values, and a mean of 32 features for each sample.
+    values = 3 * BATCH * (16 * HIDDEN // 8 + 8 * prune.count(1 - ratio, 16 * HIDDEN) + 8 * HIDDEN)
+    if form != "relu":  # there, the output of the activation is twice as wide
+        assert by_kind["linear input"].bytes_packed == values
+
+
+def test_means_are_not_taken_off_few_rows():
+    """They would be as large as a good part of what is kept."""
+    model, x = block(), batch(tokens=15)
+    expected = gradients(lambda x: model.pruned(x, 0.9), model, x)
+    run, _ = compiled(model, Schedule(saved_activations=PruneSaved(0.9)))
+    assert_close(gradients(run, model, x), expected)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

@@ -15,8 +15,8 @@ class PruneSaved:
     The forward is computed with all entries; the backward reads the pruned activations. The gradient to a
     linear's input stays exact, those that need an activation are approximate. Memory is gained, not time.
 
-    Inputs of activation functions (GELU, SiLU, …) are not pruned but rounded to 8 bits, unless the ratio is 0:
-    with zeros in the place of their small entries the slopes of the function would be wrong.
+    Inputs of activation functions (GELU, SiLU, …) are not pruned but rounded to 8 bits, unless the ratio is
+    0: with zeros in the place of their small entries the slopes of the function would be wrong.
 
     The ratio is one number for the whole training: it decides how large the packed buffers are, and those
     sizes are part of the compiled graph.
@@ -29,6 +29,9 @@ class PruneSaved:
             dropped; with `values="same"`, only dropout masks are packed then, and every gradient is exact.
         values: how the kept values are stored: as they are ("same"), as "fp16" or "bf16", or as "int8"
             with one scale for every 128. A form that is wider than the activation's own is not used.
+        center: whether the mean over a sample's tokens is kept for each feature, and what differs most from
+            it, rather than what is largest. That holds more of an activation for 1/tokens of its size, and is
+            not done for fewer than 16 tokens. The published method does not.
 
     Raises:
         ValueError: a value is not among those above.
@@ -40,6 +43,7 @@ class PruneSaved:
 
     ratio: float
     values: str = "same"
+    center: bool = True
 
     def __post_init__(self) -> None:
         if not is_number(self.ratio) or not 0 <= self.ratio < 1:
@@ -49,6 +53,8 @@ class PruneSaved:
                 "one number in [0, 1), without phases: it decides the size of the packed buffers",
             )
         store(self, "ratio", float(self.ratio) + 0.0)
+        if not isinstance(self.center, bool):
+            raise wrong("PruneSaved.center", self.center, "True or False")
         store(self, "values", one_of("PruneSaved.values", self.values, VALUES))
 
     @property
