@@ -27,6 +27,7 @@ from sparse_compile.passes.linear import NO_SITE
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from sparse_compile import naming
 from sparse_compile.schedule import pattern_matches
 from sparse_compile.sites import SiteRecord
 
@@ -84,7 +85,7 @@ def _mark(graph: Graph, node: Node, number: int, inside: set[Node]) -> None:
 def _modules_of(node: Node) -> list[tuple[str, str]]:
     """(path, class name) of the modules that a node of a Dynamo graph was run in, the outermost first."""
     return [
-        (g.clean_path(path), kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2])
+        (g.clean_path(path), naming.class_name(kind))
         for path, kind in (node.meta.get("nn_module_stack") or {}).values()
     ]
 

@@ -177,7 +177,7 @@ class SparseBackend:
         try:
             paths = naming.module_paths(root)
             self.schedule.check_patterns(paths)
-            self.schedule.check_where(paths, (type(module).__name__ for module in root.modules()))
+            self.schedule.check_where(paths, (naming.class_name(type(module)) for module in root.modules()))
             if self.schedule.weight_gradients is not None:
                 selection.chosen_layers(root, self.schedule.weight_gradients)
             counts = naming.block_counts(root)
