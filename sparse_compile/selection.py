@@ -20,8 +20,8 @@ def chosen_layers(root: nn.Module, method: RotatedTopK) -> frozenset[str]:
     """The names of the layers of a model whose weights ``method`` is for.
 
     Raises:
-        ValueError: a pattern of ``where`` matches none, or there is no ``where`` and no MLP is found, or FSDP2
-            has sharded the model.
+        ValueError: FSDP2 has sharded the model, a pattern of ``where`` matches none, or there is no ``where``
+            and no MLP is found.
     """
     if naming.is_sharded(root):
         raise ValueError(
