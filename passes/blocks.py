@@ -50,8 +50,8 @@ def mark_blocks(gm: GraphModule, where: str | None = None, frame: Block | None =
     Args:
         where: a class name, or a pattern of module paths (:func:`pattern_matches`), of the blocks. None finds
             them: modules whose path ends in a number and that have modules in them.
-        frame: the module whose forward the graph is the end of, with its path in the model. It may be a block,
-            since FSDP2 cuts a graph at every layer, and many compile a model layer by layer.
+        frame: the module whose forward the graph is the end of, with its path in the model. It may be a
+            block, since FSDP2 cuts a graph at every layer, and many compile a model layer by layer.
 
     Returns:
         Their paths, in the order of the forward; ``boundary``'s second argument is a position in this list.
