@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
-PATIENCE = 480  # seconds: more than the workers have, which tell where they stand when theirs are over
+PATIENCE = 1500  # seconds: more than the workers have, which tell where they stand when theirs are over
 
 ways = pytest.mark.parametrize("how", ["in place", "replaced", "checkpointed", "whole"])
 
@@ -46,6 +46,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         log.close()
     told = [path.read_text() for path in (folder / "log", *sorted(folder.glob("*.stack")))]
     assert status == 0, "\n".join(text[-4000:] for text in told)
