@@ -209,18 +209,6 @@ def clocks() -> list[tuple[int, int]]:
     return counted
 
 
-def blocks(rank: int, how: str) -> list[str]:
-    """The blocks whose samples were drawn, of a class that FSDP2 gives another name."""
-    torch._dynamo.reset()
-    schedule = Schedule(blocks=Sample(0.5, where="LlamaDecoderLayer"))
-    backend = sparse_backend(schedule, compiler="aot_eager")
-    model = make_model()
-    run = shard(model, how, backend, MixedPrecisionPolicy())
-    step_of(run, batch(0, rank), torch.optim.SGD(model.parameters(), lr=0.1))
-    sites = backend.report().to_dict()["sites"]
-    return sorted(site["name"] for site in sites if site["kind"] == "block" and site["rows_computed"] == 1)
-
-
 def refusal(schedule: Schedule) -> str:
     """What a schedule that does not fit is refused with."""
     try:
@@ -249,7 +237,6 @@ def main() -> None:
             "sample resumed": scheduled(rank, Schedule(linear=Sample(0.3)), 2, interrupt_at=1),
             "drawn": rows_drawn(),
             "clocks": clocks(),
-            "blocks": [blocks(rank, how) for how in ("in place", "whole")],
             "refused": refusal(Schedule(weight_gradients=RotatedTopK(0.1))),
         }
         torch.save(found, folder / f"{rank}.pt")

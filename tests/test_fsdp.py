@@ -142,11 +142,6 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(ranks: list[dict[str,
         assert all(torch.equal(a, b) for a, b in zip(resumed["weights"], through["weights"], strict=True))
 
 
-def test_blocks_are_found_by_class_though_each_has_a_graph_of_its_own(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        assert rank["blocks"] == [["model.layers.0", "model.layers.1"]] * 2
-
-
 def test_sparse_weight_gradients_are_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"].startswith(
