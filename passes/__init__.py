@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.attention import rewrite_attentions
-from sparse_compile.passes.blocks import mark_blocks, rewrite_blocks
+from sparse_compile.passes.blocks import Block, mark_blocks, rewrite_blocks
 from sparse_compile.passes.hand_over import hand_over
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
@@ -28,7 +28,7 @@ from sparse_compile import naming, sites
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.sites import SavedRecord, SiteRecord, to_manifest
 
-__all__ = ["linears_called", "mark_blocks", "rewrite", "source_hash"]
+__all__ = ["Block", "linears_called", "mark_blocks", "rewrite", "source_hash"]
 
 
 def rewrite(

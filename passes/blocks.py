@@ -27,6 +27,7 @@ from sparse_compile.passes.linear import NO_SITE
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from sparse_compile import naming
 from sparse_compile.schedule import pattern_matches
 from sparse_compile.sites import SiteRecord
 
@@ -43,16 +44,20 @@ class Block:
     class_name: str
 
 
-def mark_blocks(gm: GraphModule, where: str | None = None) -> list[str]:
+def mark_blocks(gm: GraphModule, where: str | None = None, frame: Block | None = None) -> list[str]:
     """Put a ``boundary`` after every block of a Dynamo graph, in place.
 
     Args:
         where: a class name, or a pattern of module paths (:func:`pattern_matches`), of the blocks. None finds
             them: modules whose path ends in a number and that have modules in them.
+        frame: the module whose forward the graph is the end of, with its path in the model. It may be a
+            block, since FSDP2 cuts a graph at every layer, and many compile a model layer by layer.
 
     Returns:
         Their paths, in the order of the forward; ``boundary``'s second argument is a position in this list.
     """
+    if frame is not None and _is_block(frame, where):
+        return _mark_results(gm)
     # What a block computes in its own forward (a residual sum, say) is in no module below it; so which
     # modules hold others is asked of the whole graph.
     holders = {path for node in gm.graph.nodes for path, _ in _modules_of(node)[:-1]}
@@ -74,6 +79,25 @@ def mark_blocks(gm: GraphModule, where: str | None = None) -> list[str]:
     return paths
 
 
+def _is_block(frame: Block, where: str | None) -> bool:
+    """Whether the module of a whole frame is a block; without a ``where``, the outermost numbered one."""
+    if where is not None:
+        return where == frame.class_name or pattern_matches(where, frame.path)
+    *outside, name = frame.path.split(".")
+    return name.isdigit() and not any(part.isdigit() for part in outside)
+
+
+def _mark_results(gm: GraphModule) -> list[str]:
+    """Mark the hidden states among the results of a graph that is a block; see :func:`mark_blocks`."""
+    inputs = {_shape(node) for node in gm.graph.find_nodes(op="placeholder")}
+    (output,) = gm.graph.find_nodes(op="output")
+    ends = [node for node in output.all_input_nodes if _is_hidden_state(node) and _shape(node) in inputs]
+    for number, node in enumerate(ends):
+        _mark(gm.graph, node, number, inside=set(gm.graph.nodes) - {output})
+    gm.recompile()
+    return [""] * len(ends)
+
+
 def _mark(graph: Graph, node: Node, number: int, inside: set[Node]) -> None:
     with graph.inserting_after(node):
         boundary = graph.call_function(torch.ops.sparse_compile.boundary.default, (node, number))
@@ -84,7 +108,7 @@ def _mark(graph: Graph, node: Node, number: int, inside: set[Node]) -> None:
 def _modules_of(node: Node) -> list[tuple[str, str]]:
     """(path, class name) of the modules that a node of a Dynamo graph was run in, the outermost first."""
     return [
-        (g.clean_path(path), kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2])
+        (g.clean_path(path), naming.class_name(kind))
         for path, kind in (node.meta.get("nn_module_stack") or {}).values()
     ]
 

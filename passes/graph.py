@@ -13,6 +13,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sparse_compile import naming
+
 aten = torch.ops.aten
 
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
@@ -105,7 +107,7 @@ def module_path(node: Node) -> str:
 def clean_path(path: str) -> str:
     """A module path as Dynamo writes it, without the frame's variable and what wrappers add."""
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", path))
-    return ".".join(part for part in path.split(".") if part not in ("", "_modules", "_orig_mod"))
+    return naming.clean(path)
 
 
 def module_class(node: Node) -> str:
@@ -113,8 +115,7 @@ def module_class(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
-    found = list(stack.values())[-1][1]
-    return found.rpartition(".")[2] if isinstance(found, str) else found.__name__
+    return naming.class_name(list(stack.values())[-1][1])
 
 
 def site_name(node: Node, weight_names: frozenset[str]) -> str:

@@ -81,8 +81,9 @@ class SparseBackend:
         self._check_schedule(naming.find_root(None if anchor is None else example_inputs[anchor.position]))
         names = {parameter.position: parameter.name for parameter in parameters}
         linears = list(passes.linears_called(gm, names))
-        blocks = self._mark_blocks(gm)
-        handed_over = self._handed_over(self._runtime.owner(anchor, example_inputs), names.values())
+        owner = self._runtime.owner(anchor, example_inputs)
+        blocks = self._mark_blocks(gm, owner)
+        handed_over = self._handed_over(owner, names.values())
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
@@ -177,7 +178,7 @@ class SparseBackend:
         try:
             paths = naming.module_paths(root)
             self.schedule.check_patterns(paths)
-            self.schedule.check_where(paths, (type(module).__name__ for module in root.modules()))
+            self.schedule.check_where(paths, (naming.class_name(type(module)) for module in root.modules()))
             if self.schedule.weight_gradients is not None:
                 selection.chosen_layers(root, self.schedule.weight_gradients)
             counts = naming.block_counts(root)
@@ -186,9 +187,17 @@ class SparseBackend:
         except ValueError as error:
             raise ScheduleError(str(error)) from None
 
-    def _mark_blocks(self, gm: GraphModule) -> list[str]:
+    def _mark_blocks(self, gm: GraphModule, owner: naming.Owner) -> list[str]:
         """Mark the ends of the model's blocks, if the schedule does anything there."""
-        return [] if self.schedule.blocks is None else passes.mark_blocks(gm, self.schedule.blocks.where)
+        if self.schedule.blocks is None:
+            return []
+        root, path = None if owner.root is None else owner.root(), owner.prefix.rstrip(".")
+        reason = getattr(gm, "compile_subgraph_reason", None)  # the parts that DDP makes of a graph have none
+        frame = None
+        if root is not None and path and reason is not None and not reason.graph_break:
+            module = {naming.clean(name): module for name, module in root.named_modules()}[path]
+            frame = passes.Block(path, naming.class_name(type(module)))
+        return passes.mark_blocks(gm, self.schedule.blocks.where, frame)
 
     def _handed_over(self, owner: naming.Owner, parameters: Iterable[str]) -> list[str]:
         """The layers in this graph, by their names there, whose weight gradients go to the runtime."""

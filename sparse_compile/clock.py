@@ -29,6 +29,7 @@ class Clock:
 
     Args:
         end_of_step: called with the step that ends, before the next one begins.
+        shards: gives the parameters of the models whose parameters FSDP2 has sharded, as they are now.
 
     Attributes:
         step: optimizer steps taken.
@@ -36,9 +37,15 @@ class Clock:
         has_optimizer: whether an optimizer that holds a watched parameter has stepped.
     """
 
-    def __init__(self, schedule: Schedule, end_of_step: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        end_of_step: Callable[[int], None] | None = None,
+        shards: Callable[[], Iterable[object]] = tuple,
+    ) -> None:
         self._schedule = schedule
         self._end_of_step = end_of_step
+        self._shards = shards
         self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._backwards = 0  # since the last step
         self.has_optimizer = False
@@ -60,7 +67,12 @@ class Clock:
             self._parameters[parameter] = None
 
     def owns(self, optimizer: Optimizer) -> bool:
-        return any(p in self._parameters for group in optimizer.param_groups for p in group["params"])
+        """Whether it holds a watched parameter, or the shard of one: FSDP2 shows a forward whole parameters,
+        and puts the shards, which its optimizer holds, back into the model afterwards."""
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not any(parameter in self._parameters for parameter in held):
+            self.watch(self._shards())
+        return any(parameter in self._parameters for parameter in held)
 
     def backward_began(self) -> None:
         self._backwards += 1
@@ -91,8 +103,8 @@ def _optimizer_stepped(optimizer: Optimizer, args: object, kwargs: object) -> No
     owners = [clock for clock in clocks if clock.owns(optimizer)]
     for clock in owners:
         clock.has_optimizer = True
-    # FSDP's optimizer holds shards that no graph sees: a stranger's step counts for every clock that never
-    # met an optimizer of its own.
+    # The optimizer of FSDP's first version holds shards that no model shows: a stranger's step counts for
+    # every clock that never met an optimizer of its own.
     for clock in owners or [clock for clock in clocks if not clock.has_optimizer]:
         clock.tick()
 

@@ -25,6 +25,8 @@ END_OF_BLOCK = " (end)"
 # What wrappers add to a path: torch.compile, FSDP, activation checkpointing. DDP's "module" is a name that a
 # model may use too: it counts as a wrapper's only at the top, where it is the only child (`unwrap`).
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What Dynamo adds, where it says how a wrapper or a module gets at what it holds.
+_ATTRIBUTES = {"__dict__", "_modules", "_parameters"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,8 +53,25 @@ class Owner:
 
 
 def clean(path: str) -> str:
-    """A module path without the components that wrappers add."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    """A module path without the components that wrappers and Dynamo add."""
+    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS | _ATTRIBUTES)
+
+
+def class_name(kind: type | str) -> str:
+    """The name of a module's class as its author gave it: FSDP2 puts a class of its own before that. (Dynamo
+    gives some as text.)"""
+    if isinstance(kind, str):
+        return kind.rpartition(".")[2]
+    return kind.__mro__[2 if _is_sharded(kind) else 0].__name__
+
+
+def is_sharded(root: nn.Module) -> bool:
+    """Whether FSDP2 has sharded any module of a model."""
+    return any(_is_sharded(type(module)) for module in root.modules())
+
+
+def _is_sharded(kind: type) -> bool:
+    return kind.__mro__[1].__name__ == "FSDPModule"  # by name: not every PyTorch is built with FSDP
 
 
 def layer_of(parameter: str) -> str:
@@ -79,7 +98,6 @@ def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) 
         text = source.name if isinstance(source.name, str) else source.name()
         if "_parameters" in text:
             variable, *parts = re.findall(r"[\w-]+", re.sub(r"^[LG]\[", "", text))
-            parts = [part for part in parts if part not in ("_modules", "_parameters")]
             found.append((position, variable, clean(".".join(parts))))
     variables = {variable for _, variable, _ in found}
     qualify = len(variables) > 1 and "self" not in variables

@@ -97,7 +97,7 @@ class Runtime:
         self.schedule = schedule
         self.seed = seed
         self.controller = Controller(schedule)
-        self.clock = Clock(schedule, end_of_step=self.controller.end_of_step)
+        self.clock = Clock(schedule, end_of_step=self.controller.end_of_step, shards=self._shards)
         self.telemetry = None if monitor is None else Telemetry(monitor.every, self.clock)
         method = schedule.weight_gradients
         self.rotation = None if method is None else Rotation(method, str(seed), lambda: self.clock.step)
@@ -139,6 +139,11 @@ class Runtime:
     def models(self) -> list[tuple[nn.Module, str]]:
         """The models seen so far that still exist, each with what its sites' names end in."""
         return [(root, f"@{copy}" if copy else "") for root, copy in self._copies.items()]
+
+    def _shards(self) -> Iterator[nn.Parameter]:
+        for root, _ in self.models():
+            if naming.is_sharded(root):
+                yield from root.parameters()
 
     def open(self, manifest: str, owner: Owner) -> Token:
         """Begin a forward of the graph with this manifest."""

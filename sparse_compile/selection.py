@@ -20,8 +20,14 @@ def chosen_layers(root: nn.Module, method: RotatedTopK) -> frozenset[str]:
     """The names of the layers of a model whose weights ``method`` is for.
 
     Raises:
-        ValueError: a pattern of ``where`` matches none, or there is no ``where`` and no MLP is found.
+        ValueError: FSDP2 has sharded the model, a pattern of ``where`` matches none, or there is no ``where``
+            and no MLP is found.
     """
+    if naming.is_sharded(root):
+        raise ValueError(
+            "Schedule.weight_gradients was given a model that fully_shard has sharded, whose optimizer never "
+            "has a whole gradient; allowed is a model that is not sharded."
+        )
     shapes = dict(_matrices(root))
     if method.where is None:
         found = frozenset(_mlps(shapes))

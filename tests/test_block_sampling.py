@@ -361,3 +361,32 @@ def test_an_overflow_reaches_the_gradient_and_is_no_measurement(name, bad):
     assert all(
         math.isfinite(value) for entry in history(run) for value in (entry["s"], entry["act_variance"])
     )
+
+
+class CutBlock(ToyBlock):
+    """A block of two graphs, of which the second ends where the block does."""
+
+    def forward(self, h):
+        h = h + 0
+        torch._dynamo.graph_break()
+        return super().forward(h)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("where", [None, "blocks.*"])
+def test_blocks_that_are_compiled_one_by_one_draw_as_in_one_graph(where, cut):
+    run = Run(Schedule(blocks=Sample(0.25)))
+    expected = run.backward()
+    torch._dynamo.reset()
+    backend = sparse_backend(Schedule(blocks=Sample(0.25, where=where)), compiler="aot_eager", debug=True)
+    for block in run.model.blocks:
+        if cut:
+            block.__class__ = CutBlock
+        block.compile(backend=backend)
+    x = batch().requires_grad_()
+    loss_of(run.model(x)).backward()
+    torch.testing.assert_close(x.grad, expected, atol=1e-12, rtol=1e-12)
+    drawn = [site.name for site in backend.report().sites if site.kind == "block"]
+    assert drawn == ["blocks.0", "blocks.1"]
+    assert sum(graph.after.count("sample_weights.default(") for graph in backend.graphs) == 1

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from sparse_compile import Reuse, Schedule, SparseBackend, sparse_backend
-from sparse_compile.naming import block_counts, block_of, clean, module_paths, unwrap
+from sparse_compile.naming import block_counts, block_of, class_name, clean, is_sharded, module_paths, unwrap
 from sparse_compile.report import SiteReport
 
 # Dynamo asks this of every tensor that crosses a graph break.
@@ -108,6 +110,19 @@ def test_layers_that_are_replaced_by_compiled_ones() -> None:
         model.layers[i] = torch.compile(layer, backend=backend)
     train(model)
     assert set(HALVES) <= set(names(backend))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_layers_in_checkpoint_wrappers(whole: bool) -> None:
+    backend = make_backend()
+    model = Net()
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = checkpoint_wrapper(layer)
+        if not whole:
+            model.layers[i].compile(backend=backend)
+    train(torch.compile(model, backend=backend) if whole else model)
+    assert names(backend) == [*HALVES, "head"]
+    assert all(sites(backend)[name].rows == 10 for name in HALVES)
 
 
 def test_part_of_a_model_that_is_not_compiled() -> None:
@@ -371,3 +386,12 @@ def test_names_are_in_the_printed_report() -> None:
     train(torch.compile(Net(2), backend=backend))
     for name in names(backend):
         assert re.search(rf"^\s*{re.escape(name)}\s", str(backend.report()), re.MULTILINE)
+
+
+def test_class_that_fsdp2_has_put_before_the_users_own() -> None:
+    sharded = type("FSDPLayer", (FSDPModule, Layer), {})
+    assert [class_name(kind) for kind in (Layer, sharded, "net.Layer")] == ["Layer"] * 3
+    model = Net()
+    assert not is_sharded(model)
+    model.layers[1].__class__ = sharded
+    assert is_sharded(model)
