@@ -195,8 +195,9 @@ class SparseBackend:
         reason = getattr(gm, "compile_subgraph_reason", None)  # the parts that DDP makes of a graph have none
         frame = None
         if root is not None and path and reason is not None and not reason.graph_break:
-            module = {naming.clean(name): module for name, module in root.named_modules()}[path]
-            frame = passes.Block(path, naming.class_name(type(module)))
+            named = {naming.clean(name): module for name, module in root.named_modules()}
+            if path in named:
+                frame = passes.Block(path, naming.class_name(type(named[path])))
         return passes.mark_blocks(gm, self.schedule.blocks.where, frame)
 
     def _handed_over(self, owner: naming.Owner, parameters: Iterable[str]) -> list[str]:
