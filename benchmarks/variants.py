@@ -103,8 +103,10 @@ def _parse_method(name: str, part: str) -> tuple[str, dict[str, Any]]:
     target, kind = fields[method]
     amount, *words = rest.split("/")
     if kind == "prune":
-        options = dict(_prune_option(name, word) for word in words)
-        return target, {"method": "prune_saved", "ratio": _number(name, amount), **options}
+        form = dict(_prune_option(name, word) for word in words)
+        if len(form) < len(words):
+            raise ValueError(f"methods: {name!r} says something twice; allowed are {ALLOWED}")
+        return target, {"method": "prune_saved", "ratio": _number(name, amount), **form}
     options = dict((_reuse_option if kind == "reuse" else _sample_option)(name, word) for word in words)
     if kind == "sample":
         return target, {"method": kind, "keep": _number(name, amount), **options}
