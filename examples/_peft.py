@@ -129,7 +129,10 @@ def _prepare(job: Job, model: Any, backend: Any) -> tuple[Any, torch.optim.Optim
         own = _trained(model)  # the factors and the head
         if job.method == LORA_ALL:
             _unfreeze_others(model)
-        groups = [{"params": own, "lr": job.lora_lr}, {"params": _trained(model, but=own)}]
+        groups: list[dict[str, Any]] = [
+            {"params": own, "lr": job.lora_lr},
+            {"params": _trained(model, but=own)},
+        ]
         return model, torch.optim.AdamW(groups, **adam)
     if job.method in (TOP_K, SPARSE):
         freeze_unselected(model, job.rotated, keep=heads)
