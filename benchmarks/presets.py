@@ -296,7 +296,8 @@ PRESETS: dict[str, Preset] = {
             batch=4,
             tokens=512,
         ),
-        Preset(
+        replace(
+            _BERT_BASE,
             name="attention",
             summary="an attention of BERT-base's heads and nothing else, 4 × 512 tokens",
             build=_attention,
@@ -305,11 +306,9 @@ PRESETS: dict[str, Preset] = {
             batch=4,
             tokens=512,
             layers=1,
-            hidden=768,
-            heads=12,
-            kv_heads=12,
             intermediate=0,
             vocab=0,
+            classes=0,
             fixed=("layers",),
         ),
         Preset(

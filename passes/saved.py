@@ -8,8 +8,8 @@ the largest entries of it trains as well (Back Razor, see ``methods/prune.py``).
 becomes
 
     forward    x = …
-               mask, kept, scales = sparse_compile.pack(x, samples, keep, values)
-    backward   x̂ = sparse_compile.unpack(mask, kept, scales, size, dtype)
+               mask, kept, scales, means = sparse_compile.pack(x, samples, groups, keep, values)
+    backward   x̂ = sparse_compile.unpack(mask, kept, scales, means, size, dtype)
                … = f(dy, x̂)
 
 The input of an activation function (GELU, SiLU, …) is not pruned but rounded to 8 bits, by `round_rows` and
@@ -354,19 +354,20 @@ def _with_samples(source: Node) -> Node:
 def _groups(graph: Graph, source: Node, samples: int | Node) -> int | Node:
     """Of how many groups of rows the means are taken off: the tokens of each sample, or of each of its heads.
     0 where there are so few rows in a group that a mean would be a good part of it."""
-    rows = g.sizes(g.shape_of(source))[-2]
-    leading = range(len(g.shape_of(source)) - 2)
-    if not leading:
+    *leading, rows, _ = (1, *g.sizes(g.shape_of(source)))
+    if len(leading) <= 1:
         known = samples if isinstance(samples, int) else samples.meta["val"]
         return samples if rows >= _FEWEST_ROWS * g.sizes((known,))[0] else 0
+    if rows < _FEWEST_ROWS:
+        return 0
     groups: int | Node = 1
-    for dim in leading if rows >= _FEWEST_ROWS else ():
+    for dim in range(len(leading) - 1):
         size = g.size(graph, source, dim)
         if isinstance(groups, int) and (groups == 1 or isinstance(size, int)):
             groups = size if groups == 1 else groups * size  # type: ignore[assignment]
         else:
             groups = g.call(graph, operator.mul, groups, size, like=source)
-    return groups if rows >= _FEWEST_ROWS else 0
+    return groups
 
 
 def _keep_in_forward(*nodes: Node) -> None:

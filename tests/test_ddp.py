@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torchrun import run_two
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 PATIENCE = 480  # seconds: more than the workers have, which tell where they stand when theirs are over
@@ -19,27 +16,7 @@ PATIENCE = 480  # seconds: more than the workers have, which tell where they sta
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two has found."""
-    folder = tmp_path_factory.mktemp("ddp")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    log = (folder / "log").open("w")
-    process = subprocess.Popen(
-        [*torchrun, str(WORKER), str(folder)],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    try:
-        status = process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        status = -1
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        log.close()
-    told = [path.read_text() for path in (folder / "log", *sorted(folder.glob("*.stack")))]
-    assert status == 0, "\n".join(text[-4000:] for text in told)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_two(WORKER, tmp_path_factory.mktemp("ddp"), PATIENCE)
 
 
 def test_at_ratio_0_gradients_equal_those_of_a_single_process(ranks: list[dict[str, Any]]) -> None:

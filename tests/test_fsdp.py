@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torchrun import run_two
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 PATIENCE = 1500  # seconds: more than the workers have, which tell where they stand when theirs are over
@@ -29,28 +26,7 @@ ATTENTIONS = {f"model.layers.{i}.self_attn" for i in range(2)}
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two has found."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    log = (folder / "log").open("w")
-    process = subprocess.Popen(
-        [*torchrun, str(WORKER), str(folder)],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    try:
-        status = process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        status = -1
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.close()
-    told = [path.read_text() for path in (folder / "log", *sorted(folder.glob("*.stack")))]
-    assert status == 0, "\n".join(text[-4000:] for text in told)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_two(WORKER, tmp_path_factory.mktemp("fsdp"), PATIENCE)
 
 
 def whole(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:

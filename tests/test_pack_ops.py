@@ -31,7 +31,34 @@ def test_pack_and_unpack(values, dtype, groups):
         expected = expected.view(x.shape)
     else:
         assert torch.equal(back != 0, expected != 0) or values == "int8"
-    torch.testing.assert_close(back, expected, rtol=0 if values == "same" else 0.02, atol=0.03)
+    # Of the largest entry: a step of the form that is stored, and of the dtype where means are added again.
+    steps = {"same": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 1 / 127}
+    step = max(steps[values], torch.finfo(dtype).eps if groups else 0.0)
+    torch.testing.assert_close(back, expected, rtol=0, atol=step * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_in_8_bits(dtype):
+    x = (torch.randn(3, 7, 100) * torch.logspace(-3, 3, 7).view(7, 1)).to(dtype)
+    x[0, 0] = 0
+    torch.library.opcheck(ops.round_rows.default, (x,))
+    rounded = ops.round_rows(x)
+    torch.library.opcheck(ops.restore_rows.default, (*rounded, dtype))
+    assert rounded[0].dtype == torch.int8
+    back = ops.restore_rows(*rounded, dtype)
+    assert back.dtype == dtype
+    assert torch.equal(back[0, 0], x[0, 0])
+    # Half a step of each row, and what the dtype itself rounds.
+    allowed = x.abs().amax(-1, keepdim=True) * (0.5 / 127 + 2 * torch.finfo(dtype).eps)
+    assert bool(((back - x).abs() <= allowed).all())
+
+
+def test_a_row_that_is_not_finite_is_seen_to():
+    x = torch.randn(3, 100)
+    x[0, 5], x[1, 5] = torch.inf, torch.nan
+    back = ops.restore_rows(*ops.round_rows(x), torch.float32)
+    assert not bool(back[:2].isfinite().any())
+    assert bool(back[2].isfinite().all())
 
 
 def test_bits():

@@ -4,6 +4,9 @@
     k          round((1 − ratio) · n), at least 1
     x̂_b        x_b at its k entries of largest magnitude, zero elsewhere; of equal ones the first are kept
 
+With means, x̂ = μ + the same of x − μ, where μ is the mean over the tokens of the sample (of a head of it),
+for each feature. The published method has none.
+
 The forward is computed with x; the backward reads x̂ in its place. Source: Back Razor (Jiang et al.,
 NeurIPS 2022, section 3), where the kept entries are found per sample, too. The input of a GELU or SiLU
 is not pruned there, but kept in 16 or 8 bits. Here

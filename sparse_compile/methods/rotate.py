@@ -6,7 +6,8 @@
                not needed, since its unfoldings have these Gram matrices.
     S          Uᵀ · G · V = (dY · U)ᵀ · (X · V), [P, Q]: the corner of the rotated gradient with the most
                energy, as both bases are ordered by it
-    K          the k = density · O · I entries of S that are largest; all others are dropped
+    K          the k = density · O · I entries of S that are largest, in one gradient or (Σ S²) over several;
+               all others are dropped
     ΔW         U · D · Vᵀ, with D zero except at K, where an optimizer has put its update
 
 Source: SparseGrad (Chekalina et al., EMNLP 2024), which rotates by the whole of U and V: that costs more

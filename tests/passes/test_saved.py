@@ -102,6 +102,18 @@ def test_statistics_of_a_norm_are_left_whole(norm, decomposed):
     ]
 
 
+def test_an_activation_of_one_dimension_is_packed():
+    """It has no rows, and so no means."""
+    vector = torch.randn(2 * SMALLEST, dtype=DOUBLE, requires_grad=True)
+    weight = nn.Linear(2 * SMALLEST, 1, dtype=DOUBLE)
+    records, graph = packed(
+        Model(lambda m, x: (x * m.a.weight[0]).sin() * m.a.weight[0] * 2, a=weight), vector
+    )
+    assert [(record.kind, record.shape) for record in records] == [("other", (2 * SMALLEST,))]
+    (pack,) = graph.find_nodes(op="call_function", target=ops.pack.default)
+    assert pack.args[2] == 0
+
+
 def test_ratio_0_packs_masks_only():
     model = Model(lambda m, x: F.dropout(F.relu(m.b(F.gelu(m.a(x)))), 0.5), a=linear(), b=linear())
     records, _ = packed(model, x(), ratio=0.0)
