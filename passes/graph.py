@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._decomp import get_decompositions
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile import naming
@@ -185,6 +187,28 @@ def call(graph: Graph, target: Any, *args: Any, like: Node) -> Node:
     with like.meta["val"].fake_mode if hasattr(like.meta["val"], "fake_mode") else contextlib.nullcontext():
         node.meta = {**like.meta, "val": value_of(node)}
     return node
+
+
+def inline(graph: Graph, function: Callable[..., Any], *args: Node, like: Node, tag: str) -> Any:
+    """Insert what ``function(*args)`` does to tensors at the graph's insertion point, op by op.
+
+    Where a compiler is to fuse a formula with what is around it, one op of our own would keep it from that.
+    The nodes take after ``like``, as those of :func:`call` do.
+
+    Args:
+        function: of tensors alone, whose sizes it does not ask for.
+        tag: for the partitioner, on which side all of it has to be.
+
+    Returns:
+        The nodes of its results, in the structure that it returns.
+    """
+    traced = make_fx(function, get_decompositions([aten._to_copy]))(*[arg.meta["val"] for arg in args]).graph
+    copies = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
+    for node in traced.nodes:
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, lambda operand: copies[operand])
+            copies[node].meta = {**like.meta, "val": node.meta["val"], "partitioner_tag": tag}
+    return torch.fx.map_arg(traced.output_node().args[0], lambda node: copies[node])
 
 
 def value_of(node: Node) -> Any:

@@ -12,10 +12,11 @@ becomes
     backward   x̂ = sparse_compile.unpack(mask, kept, scales, means, size, dtype)
                … = f(dy, x̂)
 
-The input of an activation function (GELU, SiLU, …) is not pruned but rounded to 8 bits, by `round_rows` and
-`restore_rows`: a zero in the place of a small entry is read as a slope of ½, and the slopes of most of those
-entries are far from it. With such inputs pruned to a tenth, the gradient behind one GELU of MiniLM had a
-cosine of 0.56 with the true one, and 0.15 behind six. (The published code does not prune them either.)
+The input of an activation function (GELU, SiLU, …) is not pruned but rounded to 8 bits: a zero in the place
+of a small entry is read as a slope of ½, and the slopes of most of those entries are far from it. With such
+inputs pruned to a tenth, the gradient behind one GELU of MiniLM had a cosine of 0.56 with the true one, and
+0.15 behind six. (The published code does not prune them either.) Plain ops do it, which a compiler fuses with
+the function and with its gradient.
 
 The joint graph still shows who reads what, so the choice is made there, and the partitioner then finds
 nothing but the packed form to save. What stands in for a value that the backward reads:
@@ -36,6 +37,7 @@ to be recomputed; and all readers that are not known to bear a pruned value, suc
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -56,6 +58,7 @@ from sparse_compile.passes.readers import (
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sparse_compile.methods import prune
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.sites import SAVED_KINDS, SavedRecord
 
@@ -67,6 +70,9 @@ SMALLEST = 1024  # entries; for less, an op costs more than the memory is worth
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
+# What restores an activation depends on no gradient: nothing else keeps a partitioner from doing it in the
+# forward.
+_FORWARD, _BACKWARD = "must_be_in_forward", "must_be_in_backward"
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
@@ -227,31 +233,32 @@ class _Packer:
                 like=source,
             )
             parts = [g.call(self._graph, operator.getitem, packed, i, like=source) for i in range(4)]
-        _keep_in_forward(packed, *parts)
+        _save(packed, *parts)
         self._note(source, self._kinds[source], parts)
         return self._unpack(reader, ours.unpack.default, *parts, size, value.dtype)
 
     def _round(self, source: Node, reader: Node) -> Node:
         with self._graph.inserting_before(source.next):
-            rounded = g.call(self._graph, ours.round_rows.default, source, like=source)
-            parts = [g.call(self._graph, operator.getitem, rounded, i, like=source) for i in range(2)]
-        _keep_in_forward(rounded, *parts)
+            parts = g.inline(self._graph, prune.round_rows, source, like=source, tag=_FORWARD)
+            needed = g.call(self._graph, ours.needed.default, parts, like=source)
+        _save(needed, *parts)
         self._note(source, self._kinds[source], parts)
-        return self._unpack(reader, ours.restore_rows.default, *parts, source.meta["val"].dtype)
+        restore = functools.partial(prune.restore_rows, dtype=source.meta["val"].dtype)
+        with self._graph.inserting_before(reader):
+            return g.inline(self._graph, restore, *parts, like=reader, tag=_BACKWARD)  # type: ignore[no-any-return]
 
     def _pack_mask(self, mask: Node, reader: Node) -> Node:
         with self._graph.inserting_before(mask.next):
             size = [g.size(self._graph, mask, dim) for dim in range(mask.meta["val"].dim())]
             bits = g.call(self._graph, ours.pack_bits.default, mask, like=mask)
-        _keep_in_forward(bits)
+        _save(bits)
         self._note(mask, MASK, [bits])
         return self._unpack(reader, ours.unpack_bits.default, bits, size)
 
     def _unpack(self, reader: Node, target: Any, *args: Any) -> Node:
         with self._graph.inserting_before(reader):
             restored = g.call(self._graph, target, *args, like=reader)
-        # It depends on no gradient; nothing else would keep a partitioner from doing it in the forward.
-        restored.meta["partitioner_tag"] = "must_be_in_backward"
+        restored.meta["partitioner_tag"] = _BACKWARD
         return restored
 
     def _note(self, source: Node, kind: str, parts: list[Node]) -> None:
@@ -370,9 +377,9 @@ def _groups(graph: Graph, source: Node, samples: int | Node) -> int | Node:
     return groups
 
 
-def _keep_in_forward(*nodes: Node) -> None:
+def _save(*nodes: Node) -> None:
     for node in nodes:
-        node.meta["partitioner_tag"] = "must_be_in_forward"
+        node.meta["partitioner_tag"] = _FORWARD
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 

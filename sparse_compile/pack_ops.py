@@ -12,12 +12,13 @@
 ``pack_bits(x) -> mask``, ``unpack_bits(mask, size) -> x``
     the same for bool tensors, of which every entry is kept.
 
-``round_rows(x) -> (whole, steps)``, ``restore_rows(whole, steps, dtype) -> x̂``
-    every entry in 8 bits: x [..., I], whole int8 [..., I], steps [..., 1].
+``needed(saved)``
+    nothing. Whatever the forward computes for the backward alone has to be an operand of something with a
+    side effect: else a partitioner takes it for free to recompute in the backward, from the whole activation.
 
-They are pure functions: what they do is decided when a graph is compiled, because the sizes of what they
-return are part of the graph. On a GPU they are launches alone, and the host reads nothing of what they find:
-CUDA graphs may hold them.
+The others are pure functions: what they do is decided when a graph is compiled, because the sizes of what
+they return are part of the graph. On a GPU they are launches alone, and the host reads nothing of what they
+find: CUDA graphs may hold them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from torch import Tensor
 from sparse_compile.kernels import on_device, triton
 from sparse_compile.kernels import pack as by_aten
 from sparse_compile.methods import prune
-from sparse_compile.methods.rows import wide
 
 _library = torch.library.Library("sparse_compile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -45,19 +45,14 @@ _library.define(
     " -> Tensor",
     tags=_TAGS,
 )
-_library.define("round_rows(Tensor x) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define("restore_rows(Tensor whole, Tensor steps, ScalarType dtype) -> Tensor", tags=_TAGS)
+_library.define("needed(Tensor[] saved) -> ()")
 _library.define("pack_bits(Tensor x) -> Tensor", tags=_TAGS)
 _library.define("unpack_bits(Tensor mask, SymInt[] size) -> Tensor", tags=_TAGS)
 
-# Nothing of the forward uses their results, and what a forward does not need a partitioner takes for free to
-# recompute in the backward, from the whole activation.
+# For the same reason, these count as having one themselves.
+torch.fx.node.has_side_effect(torch.ops.sparse_compile.needed.default)
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack.default)
 torch.fx.node.has_side_effect(torch.ops.sparse_compile.pack_bits.default)
-torch.fx.node.has_side_effect(torch.ops.sparse_compile.round_rows.default)
-
-torch.library.impl(_library, "round_rows", "CompositeExplicitAutograd")(by_aten.round_rows)
-torch.library.impl(_library, "restore_rows", "CompositeExplicitAutograd")(by_aten.restore_rows)
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -104,6 +99,11 @@ def _unpack_bits(mask: Tensor, size: list[int]) -> Tensor:
     return _kernels(mask.device, torch.bool).unpack_bits(mask, math.prod(size)).reshape(size)
 
 
+@torch.library.impl(_library, "needed", "CompositeExplicitAutograd")
+def _needed(saved: list[Tensor]) -> None:
+    pass
+
+
 @torch.library.register_fake("sparse_compile::pack")
 def _pack_fake(
     x: Tensor, samples: int, groups: int, keep: float, values: str
@@ -121,16 +121,6 @@ def _unpack_fake(
     mask: Tensor, kept: Tensor, scales: Tensor, means: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     return kept.new_empty(size, dtype=dtype)
-
-
-@torch.library.register_fake("sparse_compile::round_rows")
-def _round_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=wide(x.dtype))
-
-
-@torch.library.register_fake("sparse_compile::restore_rows")
-def _restore_rows_fake(whole: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    return whole.new_empty(whole.shape, dtype=dtype)
 
 
 @torch.library.register_fake("sparse_compile::pack_bits")

@@ -16,8 +16,6 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compile.methods.rows import wide
-
 # A guess is made from about so many entries: the share of candidates is then off by less than 7 % (one
 # standard deviation at keep 0.1), and the margin below is four of them.
 _PROBES = 2048
@@ -82,33 +80,6 @@ def unpack_bits(mask: Tensor, entries: int) -> Tensor:
     """The inverse of :func:`pack_bits`: bool [B, entries]."""
     eights = _eight_bools(mask.device).index_select(0, mask.reshape(-1).int())
     return eights.view(torch.bool).view(len(mask), -1)[:, :entries]
-
-
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row of x in steps of a 127th of its largest magnitude.
-
-    Args:
-        x: floating, [..., I].
-
-    Returns:
-        int8 [..., I], and the size of a step, float32 (of a float64 x, float64) [..., 1]. It is not finite
-        where a row is not, and then nor is anything that is restored from it.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    steps = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=wide(x.dtype)).div_(127)
-    divisors = steps.clamp(min=torch.finfo(steps.dtype).tiny)
-    whole = torch.empty_like(rows, dtype=torch.int8, memory_format=torch.contiguous_format)
-    at_once = max(1, _CHUNK // rows.shape[1])
-    for some, divisor, out in zip(
-        rows.split(at_once), divisors.split(at_once), whole.split(at_once), strict=True
-    ):
-        out.copy_((some / divisor).round_())
-    return whole.view(x.shape), steps.view(*x.shape[:-1], 1)
-
-
-def restore_rows(whole: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`round_rows`, up to the rounding."""
-    return (whole * steps).to(dtype)
 
 
 def _eight_bools(device: torch.device) -> Tensor:

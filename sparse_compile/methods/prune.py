@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_compile.methods.rows import wide
+
 GROUP = 128  # kept values that share a scale when they are stored as int8
 
 
@@ -77,6 +79,27 @@ def widen(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         each = scales.repeat_interleave(GROUP)[: len(stored)]
         return (stored * each).to(dtype)
     return stored.to(dtype)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row of x in steps of a 127th of its largest magnitude.
+
+    Args:
+        x: floating, [..., I].
+
+    Returns:
+        int8 [..., I], and the size of a step, float32 (of a float64 x, float64) [..., 1]. It is not finite
+        where a row is not, and then nor is anything that is restored from it.
+    """
+    entries = x.to(wide(x.dtype))
+    steps = entries.abs().amax(-1, keepdim=True) / 127
+    never_zero = steps + torch.finfo(steps.dtype).tiny
+    return (entries / never_zero).round().to(torch.int8), steps
+
+
+def restore_rows(whole: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`round_rows`, up to the rounding."""
+    return (whole * steps).to(dtype)
 
 
 def stored_dtype(dtype: torch.dtype, values: str) -> torch.dtype:
