@@ -68,14 +68,10 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def _pack(
     x: Tensor, samples: int, groups: int, keep: float, values: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    means = x.new_empty(0)
-    if groups:
-        rows = x.reshape(groups, -1, x.shape[-1])
-        means = rows.mean(1)
-        x = rows - means.unsqueeze(1)
+    means = x.reshape(groups, -1, x.shape[-1]).mean(1) if groups else None
     k = prune.count(keep, x.numel() // samples)
-    mask, kept = _kernels(x.device, x.dtype).pack(x, samples, k)
-    return mask, *prune.narrow(kept, values), means
+    mask, kept = _kernels(x.device, x.dtype).pack(x, samples, k, means)
+    return mask, *prune.narrow(kept, values), x.new_empty(0) if means is None else means
 
 
 @torch.library.impl(_library, "unpack", "CompositeExplicitAutograd")

@@ -75,6 +75,18 @@ def test_samples_of_a_layout_that_is_not_contiguous():
     assert torch.equal(kernel.unpack(mask, kept, 3000).view(x.shape), prune.prune(x, 6, 0.1))
 
 
+@pytest.mark.parametrize("groups", [4, 12])
+def test_means_are_taken_off_first(groups, monkeypatch):
+    """Of samples that are done some at a time, too."""
+    monkeypatch.setattr(kernel, "_CHUNK", 3 * 9000)
+    x = inputs("normal", 4, 9000) + 5
+    rows = x.view(groups, -1, 50)
+    means = rows.mean(1)
+    mask, kept = kernel.pack(x, 4, 900, means)
+    wanted = prune.prune((rows - means.unsqueeze(1)).view(4, -1), 4, 0.1)
+    assert torch.equal(kernel.unpack(mask, kept, 9000), wanted)
+
+
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_what_is_not_finite_is_kept(value):
     """A loss that overflowed must give a gradient that shows it."""

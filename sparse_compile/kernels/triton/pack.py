@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.pack import centered
 from sparse_compile.kernels.triton.select import FORMATS, key_of, kth_largest
 
 _BLOCK = 2048  # entries; a multiple of 8, and less than 2¹⁶
@@ -149,9 +150,9 @@ def _unpack_bits(mask, bits, n, blocks, BLOCK: tl.constexpr):
     tl.store(bits + sample * n + first + at, flags.to(tl.int8), mask=at < n - first)
 
 
-def pack(x: Tensor, samples: int, k: int) -> tuple[Tensor, Tensor]:
+def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As :func:`kernels.pack.pack`, for dtypes in ``FORMATS``."""
-    flat = x.reshape(samples, -1).contiguous()
+    flat = centered(x, means).reshape(samples, -1).contiguous()
     n = flat.shape[1]
     threshold, room = kth_largest(flat, k)
     form = FORMATS[x.dtype]
