@@ -16,6 +16,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # A guess is made from about so many entries: the share of candidates is then off by less than 7 % (one
 # standard deviation at keep 0.1), and the margin below is four of them.
@@ -75,8 +76,9 @@ def _pack(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if int(counts.min()) < k:
         return _pack_exactly(x, size, k)
     sizes = size.view(-1).index_select(0, at)
-    least = [few.kthvalue(len(few) - k + 1).values for few in sizes.split(counts.tolist())]
-    keep = sizes >= torch.stack(least).repeat_interleave(counts)
+    each = pad_sequence(list(sizes.split(counts.tolist())), batch_first=True, padding_value=-1.0)
+    least = each.kthvalue(each.shape[1] - k + 1, dim=1).values
+    keep = sizes >= least.repeat_interleave(counts)
     values = x.view(-1).index_select(0, at).masked_select(keep)
     if len(values) != len(x) * k:  # others are equal to a k-th
         return _pack_exactly(x, size, k)
