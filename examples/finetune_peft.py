@@ -39,6 +39,9 @@ def main(
         float, typer.Option(help="Share of the MLPs' entries that is updated; also sets LoRA's rank.")
     ] = 0.01,
     calibration_steps: Annotated[int, typer.Option(min=1, help="Steps that record gradients.")] = 30,
+    candidates: Annotated[
+        float, typer.Option(min=1.0, help="SparseGrad: entries computed for each that is kept.")
+    ] = 4.0,
     choose_every: Annotated[int, typer.Option(min=0, help="Steps between choices of entries; 0: once.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat every run with this many seeds.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The seeds count from here.")] = 0,
@@ -64,7 +67,12 @@ def main(
         if name not in METHODS:
             raise typer.BadParameter(f"--methods {methods}: {name!r} is none of {', '.join(METHODS)}.")
     try:
-        rotated = RotatedTopK(density, calibration_steps=calibration_steps, choose_every=choose_every or None)
+        rotated = RotatedTopK(
+            density,
+            calibration_steps=calibration_steps,
+            candidates=candidates,
+            choose_every=choose_every or None,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     for option, path in (("--out", out), ("--json", json_out)):
