@@ -22,19 +22,21 @@ def draw(
     Args:
         curves: of each method, one for each seed, all at the same steps.
         speeds: how many times faster than dense a step is; None where that was not measured, and the method
-            is then missing on the clock.
+            is then missing on the clock. Where none was, there is no clock.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    clock = any(speed is not None for speed in speeds.values())
+    figure = Figure(figsize=(11 if clock else 6, 4.4), layout="constrained")
+    panels = figure.subplots(1, 1 + clock, sharey=True, squeeze=False)[0]
+    left, right = panels[0], panels[-1]
     for number, (name, seeds) in enumerate(curves.items()):
         colour, speed = COLOURS[number % len(COLOURS)], speeds[name]
         _line(left, seeds, 1.0, colour, name)
         if speed is not None:
             _line(right, seeds, speed, colour, f"{name} ({speed:.2f}×)")
     left.set_ylabel(f"held-out {goal}")
-    left.set_xlabel("steps")
     right.set_xlabel("wall-clock, in dense steps")
-    for axes in (left, right):
+    left.set_xlabel("steps")
+    for axes in panels:
         axes.grid(color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
