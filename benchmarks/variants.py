@@ -134,7 +134,7 @@ def _reuse_option(name: str, word: str) -> tuple[str, str | int]:
 
 def _prune_option(name: str, word: str) -> tuple[str, str | bool]:
     if word == "plain":
-        return "center", False
+        return "as_published", True
     if word in ("same", "fp16", "bf16", "int8"):
         return "values", word
     raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")

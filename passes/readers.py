@@ -75,8 +75,9 @@ def is_statistic(value: Node) -> bool:
 
 
 def _is_broadcast(value: Node) -> bool:
-    if value.target is operator.getitem and value.args[1] != 0:
-        return "norm" in str(value.args[0].target)  # type: ignore[union-attr]
+    of_norm = value.target is operator.getitem and "norm" in str(value.args[0].target)  # type: ignore[union-attr]
+    if of_norm and value.args[1] != 0:
+        return True
     for user in value.users:
         view = user.target in _VIEWS
         if g.is_backward(user) or not g.is_tensor(user) or not (view or _is_pointwise(user)):
@@ -105,6 +106,14 @@ def dropout_of(node: Node) -> Node | None:
         return None
     dropout: Node = node.args[0]  # type: ignore[assignment]
     return dropout if dropout.target is aten.native_dropout.default else None
+
+
+def layer_norm_of(node: Node) -> Node | None:
+    """The ``native_layer_norm`` whose first result the node is."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return None
+    norm: Node = node.args[0]  # type: ignore[assignment]
+    return norm if norm.target is aten.native_layer_norm.default else None
 
 
 def is_mask(node: Node) -> bool:

@@ -16,17 +16,18 @@ The input of an activation function (GELU, SiLU, …) is not pruned but rounded 
 of a small entry is read as a slope of ½, and the slopes of most of those entries are far from it. With such
 inputs pruned to a tenth, the gradient behind one GELU of MiniLM had a cosine of 0.56 with the true one, and
 0.15 behind six. (The published code does not prune them either.) Plain ops do it, which a compiler fuses with
-the function and with its gradient.
+the function and with its gradient. Where it need not be as published, Q, K and V of a fused attention are
+rounded too.
 
 The joint graph still shows who reads what, so the choice is made there, and the partitioner then finds
 nothing but the packed form to save. What stands in for a value that the backward reads:
 
 - **its source.** A value that is a view of another, or an elementwise function of one other (GELU, dropout, a
   scaling, the division in a norm), is computed again in the backward from that one's pruned form, which is
-  packed once for all its readers. So GELU's output is never saved, and an activation under several views is
-  saved once.
+  packed once for all its readers. So GELU's output is never saved, an activation under several views is saved
+  once, and so is the input of a norm for the norm and for the linear behind it (not as published).
 - **fused attention** saves no probabilities; its backward makes them again from Q and K and the log-sum-exp.
-  With pruned Q and K that sum would be wrong and the probabilities without bound. So the attention itself
+  With another Q and K that sum would be wrong and the probabilities without bound. So the attention itself
   runs again in the backward, on the pruned Q, K and V. One that drops out is left whole.
 - **masks**, of dropout and of ReLU, are kept to the bit.
 
@@ -49,12 +50,13 @@ from sparse_compile.passes.readers import (
     COMPARISONS,
     MASK,
     OTHER,
-    dropout_of,
     is_mask,
     is_statistic,
     kind_of_read,
+    layer_norm_of,
     recomputable,
 )
+from sparse_compile.passes.recompute import RESHAPES, copy_node, operands, recompute
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -73,7 +75,6 @@ _DEVICES = ("cpu", "cuda")
 # What restores an activation depends on no gradient: nothing else keeps a partitioner from doing it in the
 # forward.
 _FORWARD, _BACKWARD = "must_be_in_forward", "must_be_in_backward"
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
@@ -112,6 +113,7 @@ class _Packer:
         self._inner = _inner(graph, below)
         self._kinds: dict[Node, str] = {}
         self._sources: dict[Node, Node] = {}
+        self._rounded: set[Node] = set()
         self._restored: dict[Node, Node] = {}
 
     def look_at(self, reader: Node) -> None:
@@ -139,12 +141,14 @@ class _Packer:
         forward = next((attention for attention, _ in outputs.values()), None)
         if forward is None or _drops_out(forward):
             return
-        operands: list[Any] = [value for value in forward.all_input_nodes if value in forward.args[:3]]
-        if not all(value in reader.all_input_nodes and self._prunable(value) for value in operands):
+        qkv: list[Any] = [value for value in forward.all_input_nodes if value in forward.args[:3]]
+        if not all(value in reader.all_input_nodes and self._prunable(value) for value in qkv):
             return
-        pruned = {value: self._restore(value, reader) for value in operands}
+        if not self._method.as_published:
+            self._rounded.update(self._source(value) for value in qkv)
+        pruned = {value: self._restore(value, reader) for value in qkv}
         with self._graph.inserting_before(reader):
-            rerun = _copy(self._graph, forward, pruned)
+            rerun = copy_node(self._graph, forward, pruned)
             for value, (_, index) in outputs.items():
                 output = g.call(self._graph, operator.getitem, rerun, index, like=reader)
                 reader.replace_input_with(value, output)
@@ -196,13 +200,29 @@ class _Packer:
         """The activation that ``value`` is a view or an elementwise function of; itself if of none or two."""
         if value not in self._sources:
             self._sources[value] = value
-            if recomputable(value) and not g.is_backward(value) and value not in self._below:
-                found = {self._source(operand) for operand in _pruned_operands(value) if not is_mask(operand)}
+            if self._recomputable(value) and not g.is_backward(value) and value not in self._below:
+                found = {
+                    self._source(operand) for operand in self._pruned_operands(value) if not is_mask(operand)
+                }
                 source = found.pop() if len(found) == 1 else value
                 # A cast to something narrower is packed itself.
                 if source.meta["val"].dtype.itemsize <= value.meta["val"].dtype.itemsize:
                     self._sources[value] = source
         return self._sources[value]
+
+    def _recomputable(self, value: Node) -> bool:
+        if (norm := layer_norm_of(value)) is None:
+            return recomputable(value)
+        has_statistics = len({user.args[1] for user in norm.users}) == 3
+        return has_statistics and "Norm" in g.module_class(value) and not self._method.as_published
+
+    def _pruned_operands(self, value: Node) -> list[Node]:
+        """Those operands that are not read whole, as a norm's scale is by the norm, and its parameters. (A
+        softmax's sum is not: what it divides is not its input, and its result is what is to be pruned.)"""
+        if "Norm" not in g.module_class(value):
+            return operands(value)
+        whole = {} if self._method.as_published else self._below
+        return [each for each in operands(value) if each not in whole and not is_statistic(each)]
 
     def _restore(self, value: Node, reader: Node) -> Node:
         """What stands for ``value`` in the backward; made just before ``reader`` if it is not there yet."""
@@ -210,12 +230,13 @@ class _Packer:
             if is_mask(value):
                 restored = self._pack_mask(value, reader)
             elif value is self._source(value):
-                rounds = self._kinds[value] == ACTIVATION and self._method.ratio > 0
-                restored = self._round(value, reader) if rounds else self._pack(value, reader)
+                rounds = self._kinds[value] == ACTIVATION or value in self._rounded
+                restored = (self._round if rounds and self._method.ratio > 0 else self._pack)(value, reader)
             else:
-                operands = {operand: self._restore(operand, reader) for operand in _pruned_operands(value)}
+                pruned = self._pruned_operands(value)
+                found = {operand: self._restore(operand, reader) for operand in pruned}
                 with self._graph.inserting_before(reader):
-                    restored = _recompute(self._graph, value, operands)
+                    restored = recompute(self._graph, value, found)
             self._restored[value] = restored
         return self._restored[value]
 
@@ -225,7 +246,7 @@ class _Packer:
         with self._graph.inserting_before(whole.next):
             samples = g.size(self._graph, whole, 0)
             size = [g.size(self._graph, source, dim) for dim in range(value.dim())]
-            groups = _groups(self._graph, source, samples) if self._method.center else 0
+            groups = _groups(self._graph, source, samples) if not self._method.as_published else 0
             packed = g.call(
                 self._graph,
                 ours.pack.default,
@@ -309,41 +330,6 @@ def _drops_out(attention: Node) -> bool:
     return given.get("dropout_p", 0.0) != 0.0
 
 
-def _operands(value: Node) -> list[Node]:
-    """The tensors of which ``value`` is an elementwise function; of a dropout, its input and its mask."""
-    dropout = dropout_of(value)
-    if dropout is None:
-        return [node for node in value.all_input_nodes if g.is_tensor(node)]
-    return [dropout.args[0], *(user for user in dropout.users if user.args[1] == 1)]  # type: ignore[list-item]
-
-
-def _pruned_operands(value: Node) -> list[Node]:
-    """Those operands that are not read whole, as is a norm's scale by the norm. (A softmax's sum is not: what
-    it divides is not its input, and its result is what is to be pruned.)"""
-    norm = "Norm" in g.module_class(value)
-    return [operand for operand in _operands(value) if not (norm and is_statistic(operand))]
-
-
-def _recompute(graph: Graph, value: Node, operands: dict[Node, Node]) -> Node:
-    """``value`` of the forward again, from what stands for its operands."""
-    dropout = dropout_of(value)
-    if dropout is None:
-        return _copy(graph, value, operands)
-    x, mask = operands.values()
-    kept = g.call(graph, aten.mul.Tensor, x, mask, like=x)
-    return g.call(graph, aten.mul.Tensor, kept, 1 / (1 - dropout.args[1]), like=x)  # type: ignore[operator]
-
-
-def _copy(graph: Graph, node: Node, replaced: dict[Node, Node]) -> Node:
-    """A copy of a forward node for the backward, at the insertion point, with other operands."""
-    copy = graph.node_copy(node, lambda operand: replaced.get(operand, operand))
-    if copy.target in _RESHAPES:
-        copy.target = aten.reshape.default  # what was a view before may not be one of the unpacked tensor
-    like = next(iter(replaced.values()))
-    copy.meta = {**like.meta, "val": g.value_of(copy)}
-    return copy
-
-
 def _with_samples(source: Node) -> Node:
     """The form of an activation whose first dimension is the batch.
 
@@ -352,7 +338,7 @@ def _with_samples(source: Node) -> Node:
     """
     forms, found = [source], [source]
     while forms:
-        views = [user for user in forms.pop().users if user.target in _RESHAPES and not g.is_backward(user)]
+        views = [user for user in forms.pop().users if user.target in RESHAPES and not g.is_backward(user)]
         forms.extend(views)
         found.extend(views)
     return max(found, key=lambda node: len(g.shape_of(node)))

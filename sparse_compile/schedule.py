@@ -166,7 +166,7 @@ class Schedule:
 
         `options` as in `exact`.
         """
-        return replace(cls.exact(**options), saved_activations=PruneSaved(ratio, center=False))
+        return replace(cls.exact(**options), saved_activations=PruneSaved(ratio, as_published=True))
 
     @classmethod
     def sparse_grad(cls, density: float = 0.01, **settings: Any) -> "Schedule":

@@ -96,32 +96,44 @@ class Block(nn.Module):
         up = getattr(F, self.activation)(self.up(self.second(h)))
         return h + F.dropout(self.down(up), self.dropout, training=self.training)
 
-    def pruned(self, x: Tensor, ratio: float, center: bool = False) -> Tensor:
-        """The same output, with the gradients of Back Razor, or of a centred one."""
+    def pruned(self, x: Tensor, ratio: float, published: bool = True, center: bool = False) -> Tensor:
+        """The same output, with the gradients of Back Razor, or of ours, with means or without."""
 
         def p(value: Tensor) -> Tensor:
             return largest(value.detach(), ratio, center)
 
-        def norm(layer: nn.LayerNorm, value: Tensor) -> Tensor:
-            return PrunedNorm.apply(value, p(value), layer.weight, layer.bias)  # type: ignore[no-any-return]
+        def norm(layer: nn.LayerNorm, value: Tensor) -> tuple[Tensor, Tensor]:
+            """The result, and what stands for it in the gradient of a linear."""
+            y = PrunedNorm.apply(value, p(value), layer.weight, layer.bias)
+            if published:
+                return y, p(y)
+            whole = value.detach()
+            deviation = (whole.var(-1, keepdim=True, correction=0) + layer.eps).sqrt()
+            normal = (p(value) - whole.mean(-1, keepdim=True)) / deviation
+            return y, (normal * layer.weight + layer.bias).detach()
 
         def linear(layer: nn.Linear, value: Tensor, other: Tensor) -> Tensor:
             parameters = (layer.weight, layer.bias)
             return at(F.linear, (other, *parameters), value, *parameters)
 
         h = self.embed(x)
-        n = norm(self.first, h)
-        q, k, v = (heads(linear(layer, n, p(n))) for layer in (self.q, self.k, self.v))
-        if self.attention == "fused":
+        n, for_n = norm(self.first, h)
+        flat_q, flat_k, flat_v = (linear(layer, n, for_n) for layer in (self.q, self.k, self.v))
+        q, k, v = heads(flat_q), heads(flat_k), heads(flat_v)
+        if self.attention == "fused" and published:
             o = at(chain, (p(q), p(k), p(v)), q, k, v)
+        elif self.attention == "fused":
+            o = at(
+                chain, tuple(heads(eight_bits(flat.detach())) for flat in (flat_q, flat_k, flat_v)), q, k, v
+            )
         else:
             a = scores_pruned(q, k, p)
             a = SoftmaxAt.apply(a, p(a.softmax(-1)))  # type: ignore[no-untyped-call]
             o = at(torch.matmul, (p(a), p(v)), a, v)
         flat = merged(o)
         h = h + linear(self.o, flat, merged(p(o)))
-        n = norm(self.second, h)
-        up = linear(self.up, n, p(n))
+        n, for_n = norm(self.second, h)
+        up = linear(self.up, n, for_n)
         f = getattr(F, self.activation)
         if self.activation == "relu":  # its sign is kept to the bit, its output is pruned
             up = f(up)

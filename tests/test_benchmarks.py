@@ -275,7 +275,7 @@ def test_pruning_is_parsed() -> None:
         "method": "prune_saved",
         "ratio": 0.5,
         "values": "int8",
-        "center": False,
+        "as_published": True,
     }
     assert joined.schedule["linear"]["method"] == "reuse"
     for wrong in ("prune", "prune:", "prune:x", "prune:0.5/int8/fp16"):

@@ -23,9 +23,9 @@ def test_values(values):
         PruneSaved(0.9, values)
 
 
-def test_center_is_a_bool():
-    with pytest.raises(ValueError, match=r"^PruneSaved.center is 1; allowed is True or False.$"):
-        PruneSaved(0.9, center=1)
+def test_as_published_is_a_bool():
+    with pytest.raises(ValueError, match=r"^PruneSaved.as_published is 1; allowed is True or False.$"):
+        PruneSaved(0.9, as_published=1)
 
 
 def test_it_is_refused_where_it_does_not_belong():
@@ -43,14 +43,14 @@ def test_json_round_trip():
         "method": "prune_saved",
         "ratio": 0.75,
         "values": "int8",
-        "center": True,
+        "as_published": False,
     }
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 def test_it_holds_at_every_step():
     schedule = Schedule.back_razor(0.8, exclude="head", total_steps=10)
-    published = PruneSaved(0.8, center=False)
+    published = PruneSaved(0.8, as_published=True)
     assert schedule.saved_activations == published
     assert schedule.at(0).saved_activations == schedule.at(10).saved_activations == published
     assert schedule.exclude == ("head",)

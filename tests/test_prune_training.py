@@ -86,24 +86,28 @@ def test_gradients_are_those_of_the_formula(form, ratio):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
 @pytest.mark.parametrize("form", FORMS)
-def test_centred_gradients_are_those_of_the_formula(form, ratio):
+def test_gradients_not_as_published_are_those_of_the_formula(form, ratio):
     model, x = block(**FORMS[form]), batch(tokens=16)
-    expected = gradients(lambda x: model.pruned(x, ratio, center=True), model, x)
+    expected = gradients(lambda x: model.pruned(x, ratio, published=False, center=True), model, x)
     plain = gradients(lambda x: model.pruned(x, ratio), model, x)
     run, backend = compiled(model, Schedule(saved_activations=PruneSaved(ratio)))
     assert_close(gradients(run, model, x), expected)
     assert not torch.allclose(expected["q.weight"], plain["q.weight"], rtol=1e-2)
     by_kind = {kind.kind: kind for kind in backend.report().saved}
     # A bit for each entry, the kept values, and a mean of 32 features for each sample.
-    values = 3 * BATCH * (16 * HIDDEN // 8 + 8 * prune.count(1 - ratio, 16 * HIDDEN) + 8 * HIDDEN)
+    pruned = BATCH * (16 * HIDDEN // 8 + 8 * prune.count(1 - ratio, 16 * HIDDEN) + 8 * HIDDEN)
+    # A linear behind a norm reads what is packed for the norm: only `o` is left.
+    assert by_kind["norm input"].bytes_packed == 2 * pruned
     if form != "relu":  # there, the output of the activation is twice as wide
-        assert by_kind["linear input"].bytes_packed == values
+        assert by_kind["linear input"].bytes_packed == pruned
+    if form == "fused":
+        assert by_kind["attention"].bytes_packed == 3 * BATCH * 16 * (HIDDEN + 8)  # 8 bits, and a step a row
 
 
 def test_means_are_not_taken_off_few_rows():
     """They would be as large as a good part of what is kept."""
     model, x = block(), batch(tokens=15)
-    expected = gradients(lambda x: model.pruned(x, 0.9), model, x)
+    expected = gradients(lambda x: model.pruned(x, 0.9, published=False), model, x)
     run, _ = compiled(model, Schedule(saved_activations=PruneSaved(0.9)))
     assert_close(gradients(run, model, x), expected)
 

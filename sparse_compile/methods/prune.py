@@ -5,7 +5,9 @@
     x̂_b        x_b at its k entries of largest magnitude, zero elsewhere; of equal ones the first are kept
 
 With means, x̂ = μ + the same of x − μ, where μ is the mean over the tokens of the sample (of a head of it),
-for each feature. The published method has none.
+for each feature. The published method has none. (Nor does it know the other two things in which
+``PruneSaved`` differs by default: what reads a norm's result reads ``normed`` of the norm's x̂, and operands
+of fused attention are rounded as below.)
 
 The forward is computed with x; the backward reads x̂ in its place. Source: Back Razor (Jiang et al.,
 NeurIPS 2022, section 3), where the kept entries are found per sample, too. The input of a GELU or SiLU
@@ -100,6 +102,15 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def restore_rows(whole: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`round_rows`, up to the rounding."""
     return (whole * steps).to(dtype)
+
+
+def normed(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """A layer norm's result for x̂, with the mean and the reciprocal deviation of the whole x."""
+    y = (x - mean) * rstd
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def stored_dtype(dtype: torch.dtype, values: str) -> torch.dtype:
