@@ -72,7 +72,7 @@ SCORES = {
     ("rows", "80", True): [_scores(32, 64, warps=4, stages=2), _scores(16, 64, warps=4, stages=2)],
     ("rows", "90", False): [_scores(64, 128, warps=8, stages=2), _scores(32, 128, warps=8, stages=2)],
     ("rows", "90", True): [_scores(32, 128, warps=8, stages=2), _scores(16, 128, warps=8, stages=2)],
-    ("rows", "single", False): [_scores(32, 32, warps=4, stages=2)],
+    ("rows", "single", False): [_scores(32, 32, warps=8, stages=2)],
     ("rows", "single", True): [_scores(16, 32, warps=4, stages=2)],
     ("keys", "80", False): [_scores(128, 64, warps=8, stages=3), _scores(64, 32, warps=4, stages=3)],
     ("keys", "80", True): [_scores(128, 64, warps=8, stages=2), _scores(64, 32, warps=4, stages=3)],

@@ -82,7 +82,6 @@ def build(
     others |= {"before": "*i64", "ones": "*i32", "mask": "*u8", "bits": "*i8"}
     others |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32", **(types or {})}
     tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values"}
-    tensors |= {"do", "q", "k", "v", "out", "dq", "dk", "dv"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
     signature: dict[str, Any] = {}
@@ -249,46 +248,51 @@ def packing() -> Iterator[Built]:
 
 
 def attention() -> Iterator[Built]:
-    """Every tile of the two walks, in bfloat16 and float32, with every kind of mask; and sizes of one and
-    any."""
+    """The two walks: every tile under a causal mask and with one that is added; and the other masks, float16,
+    sizes of one and any with one tile."""
     from sparse_compile.kernels.triton import tiles
 
     for (over, gpu, wide), configs in tiles.SCORES.items():
-        for capability in CAPABILITIES if gpu == "single" else [int(gpu)]:
-            for dtype, precision in (
-                [("fp32", "ieee"), ("fp32", "tf32")] if gpu == "single" else [("bf16", "ieee")]
-            ):
-                for config, masked in itertools.product(configs, MASKS):
-                    width = 128 if wide else 64
-                    yield _walk(over, width, config, capability, dtype, precision, masked)
-    narrow = tiles.SCORES["rows", "90", False][-1]
-    for over, dtype, sizes in itertools.product(("rows", "keys"), ("bf16", "fp16"), ("ones", "any")):
-        yield _walk(over, 64, narrow, 90, dtype, "ieee", "causal and bool", sizes=sizes)
+        width = 128 if wide else 64
+        modes = [("bf16", "ieee", int(gpu), mask) for mask in ("causal", "added")] if gpu != "single" else []
+        if gpu == "single":
+            modes = [("fp32", "ieee", capability, "added") for capability in CAPABILITIES]
+            modes += [("fp32", "tf32", 80, "added")]
+        for config, mode in itertools.product(configs, modes):
+            yield _walk(over, width, config, *mode)
+    for over in ("rows", "keys"):
+        config = tiles.SCORES[over, "90", False][-1]
+        yield _walk(over, 64, config, "fp16", "ieee", 90, "none")
+        yield _walk(over, 64, config, "bf16", "ieee", 90, "bool, of all rows")
+        for sizes in ("ones", "any"):
+            yield _walk(over, 64, config, "bf16", "ieee", 90, "causal and bool", sizes=sizes)
     yield from _prepared()
 
 
-MASKS = ("none", "causal", "added", "bool, of all rows")
+def _heads(dtype: str) -> dict[str, str]:
+    """Arguments of an attention, [B, H, T, D]."""
+    return dict.fromkeys(("do", "q", "k", "v", "out", "dq", "dk", "dv"), f"*{dtype}")
 
 
 def _walk(
     over: str,
     width: int,
     config: Any,
-    capability: int,
     dtype: str,
     precision: str,
-    masked: str,
+    capability: int,
+    mask: str,
     *,
     sizes: str = "multiples of 16",
 ) -> Built:
     from sparse_compile.kernels.triton import attention
 
-    constants = {**config.kwargs, "WIDTH": width, "PRECISION": precision, "CAUSAL": "causal" in masked}
-    constants |= {"MASKED": masked not in ("none", "causal"), "ALIKE": "all rows" in masked}
+    constants = {**config.kwargs, "WIDTH": width, "PRECISION": precision, "CAUSAL": "causal" in mask}
+    constants |= {"MASKED": mask not in ("none", "causal"), "ALIKE": "all rows" in mask}
     kernel = attention._key_gradients if over == "rows" else attention._query_gradients
     return Built(
         kernel="key_gradients" if over == "rows" else "query_gradients",
-        tile="{ROWS}x{KEYS}".format(**config.kwargs) + f"x{width}, {config.num_warps} warps, mask: {masked}",
+        tile="{ROWS}x{KEYS}".format(**config.kwargs) + f"x{width}, {config.num_warps} warps, mask: {mask}",
         dtype=dtype,
         precision=precision,
         scaled=False,
@@ -299,7 +303,7 @@ def _walk(
             dtype,
             capability,
             sizes=sizes,
-            types={"scale": "fp32", "mask": f"*{dtype}" if masked == "added" else "*i8"},
+            types=_heads(dtype) | {"scale": "fp32", "mask": f"*{dtype}" if mask == "added" else "*i8"},
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         ),
@@ -310,7 +314,8 @@ def _prepared() -> Iterator[Built]:
     from sparse_compile.kernels.triton import attention
 
     targets = [("multiples of 16", capability) for capability in CAPABILITIES] + [("ones", 90), ("any", 90)]
-    for weighted, dtype, (sizes, capability) in itertools.product((False, True), ("bf16", "fp32"), targets):
+    for dtype, (sizes, capability) in itertools.product(("bf16", "fp32"), targets):
+        weighted = dtype == "bf16"
         constants = {"WEIGHTED": weighted, "ROWS": attention._PREPARED, "WIDTH": 128}
         yield Built(
             kernel="prepare",
@@ -319,7 +324,7 @@ def _prepared() -> Iterator[Built]:
             precision="",
             scaled=weighted,
             capability=capability,
-            **build(attention._prepare, constants, dtype, capability, sizes=sizes),
+            **build(attention._prepare, constants, dtype, capability, sizes=sizes, types=_heads(dtype)),
         )
 
 
