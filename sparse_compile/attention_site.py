@@ -6,9 +6,12 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from sparse_compile.device_attention import DeviceAttention
 from sparse_compile.kernels import attention as kernel
+from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Memories, Use
 from sparse_compile.methods import attention, exact, fidelity, sample
+from sparse_compile.methods.rows import number_kept
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
@@ -25,9 +28,15 @@ class AttentionSite(Site):
         self._memories = Memories()
         self._draws = 0
         self._keys, self._stored = 0, False  # of the last backward
+        self._device: DeviceAttention | None = None
 
     def backward(
-        self, do: Tensor, forward: kernel.Forward, *, method: Method | None, use: Use = (0, 0)
+        self,
+        do: Tensor,
+        forward: kernel.Forward | CudaFused,
+        *,
+        method: Method | None,
+        use: Use = (0, 0),
     ) -> kernel.Gradients:
         """(dQ, dK, dV).
 
@@ -42,6 +51,8 @@ class AttentionSite(Site):
             self.method = "dense"
             self._count(0, self._rows, forward)
             return forward.backward(do)
+        if isinstance(forward, CudaFused):
+            return self._on_device(do, forward, method, use)
         if self.held_back or not isinstance(method, Reuse | Sample) or method.keep == 1.0:
             self.method = "exact"
             return self._exact(do, forward)
@@ -57,9 +68,39 @@ class AttentionSite(Site):
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
 
+    def _on_device(self, do: Tensor, forward: CudaFused, method: Method | None, use: Use) -> kernel.Gradients:
+        """As :meth:`backward`, by exact skipping or sampling, and with nothing that waits for the device."""
+        device = self._device = self._device or DeviceAttention()
+        queries: Queries | None
+        samples = isinstance(method, Sample) and method.keep != 1.0 and not self.held_back
+        if isinstance(method, Sample) and samples and self._pays(method):
+            self.method, keep = method.method, cast(float, method.keep)
+            queries = device.draw(do, forward, keep, method.clip, self._next_draw(use))
+            computed = number_kept(keep, self._rows)
+        else:
+            self.method = "exact"
+            queries, computed = device.live_queries(do, forward), self._rows
+        gradients = device.backward(do, forward, queries)
+        self.kernel = device.kernel
+        # Rows that the device alone has counted are taken off by settle().
+        self._count(0, computed if self.kernel == "triton" else self._rows, forward)
+        if queries is not None and queries.weights is not None and (telemetry := self.watched()):
+            kept = queries.live[:, None, :, None]
+            self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
+        return gradients
+
+    def settle(self) -> None:
+        if self._device is not None:
+            zero, skipped, flops = self._device.settle()
+            self.counters.rows_zero += zero
+            self.counters.rows_computed -= skipped
+            self.counters.flops_backward -= flops
+
     def _pays(self, method: Reuse | Sample) -> bool:
         """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
-        save time; they are there for comparisons.)"""
+        save time; they are there for comparisons. The costs are those of a CPU, on every device.)"""
+        if self._device is not None and isinstance(method, Reuse):
+            return False
         size = (self._rows, self._keys, self.shape[3])
         if isinstance(method, Sample):
             return attention.sampling_pays(cast(float, method.keep), *size, stored=self._stored)
@@ -81,9 +122,7 @@ class AttentionSite(Site):
         return forward.backward(do)
 
     def _sample_rows(self, do: Tensor, forward: kernel.Forward, method: Sample, use: Use) -> kernel.Gradients:
-        draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
-        self._draws += 1
-        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, draw)
+        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, self._next_draw(use))
         if drawn is None:
             return self._exact(do, forward)
         weights, zero = drawn
@@ -94,6 +133,10 @@ class AttentionSite(Site):
             kept = (weights != 0)[:, None, :, None]
             self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
         return gradients
+
+    def _next_draw(self, use: Use) -> sample.Draw:
+        self._draws += 1
+        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
 
     def _reuse_rows(
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
@@ -135,7 +178,7 @@ class AttentionSite(Site):
         self,
         telemetry: Telemetry,
         do: Tensor,
-        forward: kernel.Forward,
+        forward: kernel.Forward | CudaFused,
         gradients: kernel.Gradients,
         kept: tuple[Tensor, Tensor, Tensor],
     ) -> None:
@@ -165,10 +208,12 @@ class AttentionSite(Site):
         method = phase.attention
         if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
+        if self._device is not None and isinstance(method, Reuse):
+            return "there is no reuse in attention on a GPU in this version: only zero rows are skipped"
         name = "sampling" if isinstance(method, Sample) else "reuse"
         return f"{name} would cost more than it saves at this size and keep: only zero rows are skipped"
 
-    def _count(self, zero: int, computed: int, forward: kernel.Forward) -> None:
+    def _count(self, zero: int, computed: int, forward: kernel.Forward | CudaFused) -> None:
         _, heads, _, features = self.shape
         flops = 2 * forward.keys * heads * features  # of one row in one product
         products = 4 if forward.stored else 5
