@@ -31,7 +31,7 @@ def candidates(device: torch.device, smoke: bool) -> Iterator[tuple[str, Runs, A
     sizes = [(4, 512, 12, 64, False), (16, 512, 12, 64, False), (8, 2048, 16, 128, True)]
     for b, t, h, d, causal in [(2, 24, 2, 16, True)] if smoke else sizes:
         do, forward = backward_of(b, t, h, d, causal, device)
-        size = f"{b} × {t} tokens, {h} heads of {d}{', causal' if causal else ''}"
+        size = f"{b} × {t}, {h} × {d}{', causal' if causal else ''}"
         for keep in KEEPS:
             live = some_of(b, t, keep, device)
             _check(forward, do, live)
@@ -45,7 +45,7 @@ def candidates(device: torch.device, smoke: bool) -> Iterator[tuple[str, Runs, A
             )
         zero = do * some_of(b, t, 0.5, device)[:, None, :, None]
         methods = [(f"sample, keep {keep}", Sample(keep), do) for keep in KEEPS]
-        for name, method, gradient in [*methods, ("exact, half of the rows zero", None, zero)]:
+        for name, method, gradient in [*methods, ("exact, half zero", None, zero)]:
             site = AttentionSite(name)
 
             def ours(

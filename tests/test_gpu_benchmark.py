@@ -58,7 +58,7 @@ def test_attention_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = [f"kernels, keep {keep}" for keep in gpu_attention.KEEPS]
     sites = [f"sample, keep {keep}" for keep in gpu_attention.KEEPS]
     assert [", ".join(line["what"].split(", ")[:2]) for line in lines] == [
-        *(*kernels, *sites, "exact, half of the rows zero"),
+        *(*kernels, *sites, "exact, half zero"),
     ]
     right = gpu_attention.by_kernels
 
