@@ -18,7 +18,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can hav
 REGISTERS = 255  # that one thread can have
 # Bytes that one thread may spill. To walk over rows takes two accumulators, and K and V in registers: some
 # tiles lack a few for what else they need.
-SPILLED = {"key_gradients": 96}
+SPILLED = {"key_gradients": 128}
 TENSOR_CORES = {80: ["mma.sync"], 90: ["wgmma.mma_async"]}
 
 
