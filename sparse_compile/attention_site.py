@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_compile.device_attention import DeviceAttention
 from sparse_compile.kernels import attention as kernel
+from sparse_compile.kernels import on_device
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Memories, Use
 from sparse_compile.methods import attention, exact, fidelity, sample
@@ -69,25 +70,52 @@ class AttentionSite(Site):
         return self._reuse_elements(do, forward, live, method, use)
 
     def _on_device(self, do: Tensor, forward: CudaFused, method: Method | None, use: Use) -> kernel.Gradients:
-        """As :meth:`backward`, by exact skipping or sampling, and with nothing that waits for the device."""
+        """As :meth:`backward`, by methods that need not wait for the device."""
         device = self._device = self._device or DeviceAttention()
-        queries: Queries | None
-        samples = isinstance(method, Sample) and method.keep != 1.0 and not self.held_back
-        if isinstance(method, Sample) and samples and self._pays(method):
-            self.method, keep = method.method, cast(float, method.keep)
+        device.by_kernel = forward.by_kernel
+        if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or self.held_back:
+            method = None
+        elif not self._pays(method):
+            self._memories.clear()
+            method = None
+        self.method = "exact" if method is None else method.method
+        if isinstance(method, Reuse):
+            queries, gradients = self._reuse_on_device(device, do, forward, method, use)
+        elif isinstance(method, Sample):
+            keep = cast(float, method.keep)
             queries = device.draw(do, forward, keep, method.clip, self._next_draw(use))
-            computed = number_kept(keep, self._rows)
+            gradients = device.backward(do, forward, queries)
         else:
-            self.method = "exact"
-            queries, computed = device.live_queries(do, forward), self._rows
-        gradients = device.backward(do, forward, queries)
+            queries = device.live_queries(do, forward)
+            gradients = device.backward(do, forward, queries)
         self.kernel = device.kernel
+        computed = self._rows
+        if queries is not None and queries.weights is not None:
+            if self.kernel == "triton":
+                computed = number_kept(queries.share, self._rows)
+            if telemetry := self.watched():
+                live = queries.live[:, None, :, None]
+                self._observe(telemetry, do, forward, gradients, (live, live, live))
         # Rows that the device alone has counted are taken off by settle().
-        self._count(0, computed if self.kernel == "triton" else self._rows, forward)
-        if queries is not None and queries.weights is not None and (telemetry := self.watched()):
-            kept = queries.live[:, None, :, None]
-            self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
+        self._count(0, computed, forward)
         return gradients
+
+    def _reuse_on_device(
+        self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Reuse, use: Use
+    ) -> tuple[Queries | None, kernel.Gradients]:
+        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        queries: Queries | None
+        if means is None:
+            queries = device.live_queries(do, forward)
+            gradients = device.backward(do, forward, queries)
+        else:
+            queries, rows = device.choose(do, means["do"], method.keep)
+            gradients = device.backward(do, forward, queries)
+            gradients = attention.fill_in(gradients, rows, means, on_device.live_queries(gradients[2]))
+        if self._memories.due(use, method.refresh_every):
+            renewed = attention.means_for_rows(do, gradients, self._sample(method, use))
+            self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
+        return queries, gradients
 
     def settle(self) -> None:
         if self._device is not None:
@@ -99,12 +127,18 @@ class AttentionSite(Site):
     def _pays(self, method: Reuse | Sample) -> bool:
         """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
         save time; they are there for comparisons. The costs are those of a CPU, on every device.)"""
-        if self._device is not None and isinstance(method, Reuse):
+        if self._cannot(method):
             return False
         size = (self._rows, self._keys, self.shape[3])
         if isinstance(method, Sample):
             return attention.sampling_pays(cast(float, method.keep), *size, stored=self._stored)
         return method.granularity != "row" or attention.reuse_pays(method.keep, *size, stored=self._stored)
+
+    def _cannot(self, method: Reuse | Sample) -> bool:
+        """Whether there is no kernel for ``method`` on the GPU that this attention is on."""
+        if self._device is None or not isinstance(method, Reuse):
+            return False
+        return method.granularity != "row" or not self._device.by_kernel
 
     def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -148,7 +182,8 @@ class AttentionSite(Site):
             rows = attention.choose_rows(do, means["do"], method.keep, live)
             groups = kernel.groups(rows.computed)
             self._count(0 if live is None else self._rows - int(live.sum()), _rows_in(groups), forward)
-            gradients = attention.fill_in(forward.backward_of_rows(do, groups), rows, means)
+            gradients = forward.backward_of_rows(do, groups)
+            gradients = attention.fill_in(gradients, rows, means, exact.live_queries(gradients[2]))
             if telemetry := self.watched():
                 kept = rows.computed[:, None, :, None]
                 self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
@@ -208,8 +243,8 @@ class AttentionSite(Site):
         method = phase.attention
         if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
-        if self._device is not None and isinstance(method, Reuse):
-            return "there is no reuse in attention on a GPU in this version: only zero rows are skipped"
+        if self._cannot(method):
+            return "on a GPU attention reuses whole rows alone, by Triton: only zero rows are skipped"
         name = "sampling" if isinstance(method, Sample) else "reuse"
         return f"{name} would cost more than it saves at this size and keep: only zero rows are skipped"
 

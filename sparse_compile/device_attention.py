@@ -16,6 +16,7 @@ from sparse_compile.kernels.attention import Gradients
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.looks import LaterLooks
 from sparse_compile.methods import on_device as methods
+from sparse_compile.methods.attention import ChosenRows, share_of
 from sparse_compile.methods.rows import number_kept
 from sparse_compile.methods.sample import Draw
 
@@ -26,10 +27,16 @@ _LONGEST_PAUSE = 15
 
 
 class DeviceAttention:
-    """What an attention's site keeps for its GPU. Attributes: ``kernel``, what its last backward ran on."""
+    """What an attention's site keeps for its GPU.
+
+    Attributes:
+        kernel: what its last backward ran on.
+        by_kernel: whether there is a kernel for some of its rows.
+    """
 
     def __init__(self) -> None:
         self.kernel = ""
+        self.by_kernel = True
         self._tally = Tally()
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 
@@ -55,6 +62,20 @@ class DeviceAttention:
         weights = norms.new_zeros(b * t).scatter_(0, drawn.kept, drawn.scale.to(norms.dtype)).view(b, t)
         self._tally.zero = self._tally.zero + (norms == 0).sum()
         return Queries(weights != 0, weights, keep)
+
+    def choose(self, do: Tensor, mean: Tensor, keep: float) -> tuple[Queries, ChosenRows]:
+        """The rows with the largest ‖dO − dŌ‖; see :func:`methods.attention.choose_rows`. By Triton alone."""
+        b, h, t, d = do.shape
+        rows = do.transpose(1, 2).reshape(b * t, h * d)
+        base = mean.transpose(0, 1).reshape(t, h * d)
+        squares, live = on_device.row_stats(rows, base)
+        dropped = methods.largest(squares, live, keep, base).dropped
+        assert dropped is not None
+        computed, dropped = (live & ~dropped).view(b, t), dropped.view(b, t)
+        norms = torch.linalg.vector_norm(do, dim=(1, 3), dtype=torch.float32)
+        self._tally.zero = self._tally.zero + (~live).sum()
+        chosen = ChosenRows(computed, dropped, share_of(norms, dropped))
+        return Queries(computed, computed.to(torch.float32), keep), chosen
 
     def backward(self, do: Tensor, forward: CudaFused, queries: Queries | None) -> Gradients:
         """dQ, dK, dV of ``queries``, or of all rows, on whatever is fastest."""

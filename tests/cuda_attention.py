@@ -7,6 +7,7 @@ rows, cuDNN's has a last dimension of one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.attention_cuda import CudaFused
+from sparse_compile.kernels.attention_fused import Fused
+
 aten = torch.ops.aten
 FORMS = ("flash", "efficient", "cudnn")
+GPU = torch.cuda.is_available()
+SAMPLES, HEADS, TOKENS, WIDTH = 2, 2, 20, 8  # of a batch
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def attend(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -116,3 +123,74 @@ def _shared(x: Tensor, q: Tensor) -> Tensor:
 
 def _heads_inside(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dtype_of(form: str) -> torch.dtype:
+    """The real ops but one take no float32."""
+    return torch.float32 if form == "efficient" or not GPU else torch.bfloat16
+
+
+def close(ours: Gradients, theirs: Gradients) -> None:
+    half = ours[0].dtype == torch.bfloat16
+    for found, wanted in zip(ours, theirs, strict=True):
+        wanted = wanted.float()
+        error = (found.cpu().float() - wanted).norm()
+        assert error <= (0.02 if half else 2e-5) * wanted.norm() + 1e-6
+
+
+@dataclasses.dataclass
+class Batch:
+    """One attention's operands on the CPU, a share of the rows of dO zero in all heads."""
+
+    do: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+
+    def on_device(self, form: str, device: torch.device) -> tuple[Tensor, CudaFused]:
+        """dO, and what the forward of the fused op leaves."""
+        dtype = dtype_of(form)
+        do, q, k, v = (x.to(device, dtype) for x in (self.do, self.q, self.k, self.v))
+        mask = (
+            None if self.mask is None else self.mask.to(device, dtype).expand(SAMPLES, HEADS, TOKENS, TOKENS)
+        )
+        if form == "flash":
+            out, lse, *lengths, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+                q, k, v, 0.0, self.causal, scale=0.4
+            )
+        elif form == "cudnn":
+            out, lse, *lengths, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+                q, k, v, mask, True, 0.0, self.causal, scale=0.4
+            )
+        else:
+            lengths = [None, None, 0, 0]
+            out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+                q, k, v, mask, True, 0.0, self.causal, scale=0.4
+            )
+        rest = (*lengths, seed, offset)
+        return do, CudaFused(form, q, k, v, out, lse, self.causal, mask, 0.4, rest)
+
+    def on_cpu(self) -> tuple[Tensor, Fused]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            self.q, self.k, self.v, 0.0, self.causal, attn_mask=self.mask, scale=0.4
+        )
+        return self.do, Fused(self.q, self.k, self.v, out, lse, self.causal, self.mask, 0.4)
+
+
+def batch(step: int = 0, dead: float = 0.4, *, masked: bool = False, causal: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    do, q, k, v = (
+        torch.randn(SAMPLES, TOKENS, HEADS, WIDTH, generator=generator).bfloat16().float().transpose(1, 2)
+        for _ in range(4)
+    )
+    n = SAMPLES * TOKENS
+    zero = torch.zeros(n, dtype=torch.bool)
+    zero[torch.randperm(n, generator=generator)[: round(dead * n)]] = True
+    do.transpose(1, 2)[zero.view(SAMPLES, TOKENS)] = 0
+    mask = None
+    if masked:
+        mask = torch.zeros(SAMPLES, 1, 1, TOKENS)
+        mask[1, :, :, 13:] = -torch.inf
+    return Batch(do, q, k, v, mask, causal)

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_attention import FORMS, attend, cuda_attention_on_cpu  # noqa: F401
+from cuda_attention import (
+    FORMS,
+    GPU,
+    HEADS,
+    SAMPLES,
+    TOKENS,
+    WIDTH,
+    attend,
+    batch,
+    close,
+    cuda_attention_on_cpu,  # noqa: F401
+    dtype_of,
+)
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
@@ -18,24 +30,23 @@ from sparse_compile.attention_site import AttentionSite
 from sparse_compile.clock import Clock
 from sparse_compile.kernels import attention_cuda, choice, on_device
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
-from sparse_compile.kernels.attention_fused import Fused
 from sparse_compile.runtime import NO_TOKEN
 from sparse_compile.telemetry import Telemetry
 
 aten = torch.ops.aten
-SAMPLES, HEADS, TOKENS, WIDTH = 2, 2, 20, 8
 N = SAMPLES * TOKENS
-GPU = torch.cuda.is_available()
 METHODS = {
     "exact": None,
     "sample": Sample(0.3),
     "sample, clip": Sample(0.3, clip=1.5),
-    "keep all": Sample(1.0),
+    "reuse": Reuse(0.6),
+    "reuse, sample": Reuse(0.7, source="sample", refresh_every=2),
 }
-Gradients = tuple[Tensor, Tensor, Tensor]
 
 each_form = pytest.mark.parametrize("form", FORMS)
-pytestmark = pytest.mark.usefixtures("cuda_attention_on_cpu", "sample_however_little_it_saves")
+pytestmark = pytest.mark.usefixtures(
+    "cuda_attention_on_cpu", "sample_however_little_it_saves", "reuse_however_little_it_saves"
+)
 
 
 @pytest.fixture
@@ -66,76 +77,6 @@ def by_triton(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None) -> None:
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
 
 
-def dtype_of(form: str) -> torch.dtype:
-    """The real ops but one take no float32."""
-    return torch.float32 if form == "efficient" or not GPU else torch.bfloat16
-
-
-def close(ours: Gradients, theirs: Gradients) -> None:
-    half = ours[0].dtype == torch.bfloat16
-    for found, wanted in zip(ours, theirs, strict=True):
-        wanted = wanted.float()
-        error = (found.cpu().float() - wanted).norm()
-        assert error <= (0.02 if half else 2e-5) * wanted.norm() + 1e-6
-
-
-@dataclasses.dataclass
-class Batch:
-    """One attention's operands on the CPU, a share of the rows of dO zero in all heads."""
-
-    do: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    causal: bool
-
-    def on_device(self, form: str, device: torch.device) -> tuple[Tensor, CudaFused]:
-        """dO, and what the forward of the fused op leaves."""
-        dtype = dtype_of(form)
-        do, q, k, v = (x.to(device, dtype) for x in (self.do, self.q, self.k, self.v))
-        mask = (
-            None if self.mask is None else self.mask.to(device, dtype).expand(SAMPLES, HEADS, TOKENS, TOKENS)
-        )
-        if form == "flash":
-            out, lse, *lengths, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-                q, k, v, 0.0, self.causal, scale=0.4
-            )
-        elif form == "cudnn":
-            out, lse, *lengths, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-                q, k, v, mask, True, 0.0, self.causal, scale=0.4
-            )
-        else:
-            lengths = [None, None, 0, 0]
-            out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-                q, k, v, mask, True, 0.0, self.causal, scale=0.4
-            )
-        rest = (*lengths, seed, offset)
-        return do, CudaFused(form, q, k, v, out, lse, self.causal, mask, 0.4, rest)
-
-    def on_cpu(self) -> tuple[Tensor, Fused]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            self.q, self.k, self.v, 0.0, self.causal, attn_mask=self.mask, scale=0.4
-        )
-        return self.do, Fused(self.q, self.k, self.v, out, lse, self.causal, self.mask, 0.4)
-
-
-def batch(step: int = 0, dead: float = 0.4, *, masked: bool = False, causal: bool = False) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    do, q, k, v = (
-        torch.randn(SAMPLES, TOKENS, HEADS, WIDTH, generator=generator).bfloat16().float().transpose(1, 2)
-        for _ in range(4)
-    )
-    zero = torch.zeros(N, dtype=torch.bool)
-    zero[torch.randperm(N, generator=generator)[: round(dead * N)]] = True
-    do.transpose(1, 2)[zero.view(SAMPLES, TOKENS)] = 0
-    mask = None
-    if masked:
-        mask = torch.zeros(SAMPLES, 1, 1, TOKENS)
-        mask[1, :, :, 13:] = -torch.inf
-    return Batch(do, q, k, v, mask, causal)
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("form", "kind"),
@@ -146,7 +87,7 @@ def test_gradients_are_those_of_the_cpu(
 ) -> None:
     """Row for row: the same are drawn."""
     ours, site = (AttentionSite("layer", seed=1) for _ in range(2))
-    for step, dead in enumerate((0.4, 0.9)):
+    for step, dead in enumerate((0.4, 0.8, 0.1) if "reuse" in name else (0.4, 0.9)):
         found = batch(step, dead, masked="padded" in kind, causal="causal" in kind)
         theirs = site.backward(*found.on_cpu(), method=METHODS[name])
         close(ours.backward(*found.on_device(form, device), method=METHODS[name]), theirs)
@@ -286,58 +227,75 @@ def test_live_queries(apart: bool, device: torch.device) -> None:
     assert torch.equal(live, (do != 0).any(3).any(1))
 
 
-def test_reuse_is_exact_and_the_report_says_so(kernel: str, device: torch.device) -> None:
+@pytest.mark.parametrize("method", [Reuse(0.9, granularity="element"), Reuse("2:4")])
+def test_reuse_of_single_entries_is_exact_and_the_report_says_so(
+    method: Reuse, kernel: str, device: torch.device
+) -> None:
+    site, found = AttentionSite("layer"), batch()
+    for _ in range(2):
+        ours = site.backward(*found.on_device("efficient", device), method=method)
+        close(ours, AttentionSite("layer").backward(*found.on_cpu(), method=None))
+    phase = Schedule(attention=method).at(0)
+    assert (site.method, site.keep(phase)) == ("exact", 1.0)
+    assert site.note(phase) == (
+        "on a GPU attention reuses whole rows alone, by Triton: only zero rows are skipped"
+    )
+
+
+def test_reuse_without_a_kernel_is_exact(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device, "usable", lambda dy: False)
     site, found = AttentionSite("layer"), batch()
     for _ in range(2):
         ours = site.backward(*found.on_device("efficient", device), method=Reuse(0.9))
         close(ours, AttentionSite("layer").backward(*found.on_cpu(), method=None))
-    phase = Schedule(attention=Reuse(0.9)).at(0)
-    assert site.method == "exact"
-    assert site.keep(phase) == 1.0
-    assert (
-        site.note(phase)
-        == "there is no reuse in attention on a GPU in this version: only zero rows are skipped"
-    )
+    assert (site.method, site.kernel) == ("exact", "aten")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, of inf · 0
-def test_an_overflow_reaches_the_gradients(kernel: str, device: torch.device) -> None:
-    for method in (None, Sample(0.3)):
+def test_an_overflow_reaches_the_gradients_and_leaves_no_means(kernel: str, device: torch.device) -> None:
+    for method in (None, Sample(0.3), Reuse(0.6)):
         found = batch(dead=0.4)
         found.do[1, 0, 3, 2] = torch.inf
-        gradients = AttentionSite("layer").backward(*found.on_device("efficient", device), method=method)
+        site = AttentionSite("layer")
+        gradients = site.backward(*found.on_device("efficient", device), method=method)
         assert not all(x.isfinite().all() for x in gradients)
+        # And leaves nothing that would be reused.
+        gradients = site.backward(*batch().on_device("efficient", device), method=method)
+        assert all(x.isfinite().all() for x in gradients)
 
 
-def test_what_a_monitor_measures_is_that_of_the_cpu(kernel: str, device: torch.device) -> None:
+@pytest.mark.parametrize("name", ["sample", "reuse"])
+def test_what_a_monitor_measures_is_that_of_the_cpu(name: str, kernel: str, device: torch.device) -> None:
     clock = Clock(Schedule.exact())
     ours, site = (AttentionSite("layer", seed=1, telemetry=Telemetry(1, clock)) for _ in range(2))
     for step in range(3):
         clock.step = step
-        ours.backward(*batch(step).on_device("efficient", device), method=Sample(0.3))
-        site.backward(*batch(step).on_cpu(), method=Sample(0.3))
+        ours.backward(*batch(step).on_device("efficient", device), method=METHODS[name])
+        site.backward(*batch(step).on_cpu(), method=METHODS[name])
     found, wanted = (each.telemetry.measurements() for each in (ours, site) if each.telemetry)
-    assert len(found) == 9
+    assert len(found) == (9 if name == "sample" else 6)
     for row, theirs in zip(found, wanted, strict=True):
         assert (row.step, row.gradient) == (theirs.step, theirs.gradient)
         for value in ("cosine", "relative_error", "energy_kept"):
             assert getattr(row, value) == pytest.approx(getattr(theirs, value), rel=1e-3)
 
 
-def test_a_resumed_run_draws_what_the_other_would_have_drawn(by_triton: None, device: torch.device) -> None:
+@pytest.mark.parametrize("name", ["sample", "reuse, sample"])
+def test_a_resumed_run_goes_on_as_the_other_would_have(
+    name: str, by_triton: None, device: torch.device
+) -> None:
     first, second = (AttentionSite("layer", seed=1) for _ in range(2))
     operands = batch().on_device("efficient", device)
-    first.backward(*operands, method=Sample(0.3))
+    first.backward(*operands, method=METHODS[name])
     second.load_state_dict(first.state_dict())
-    pairs = zip(*(site.backward(*operands, method=Sample(0.3)) for site in (first, second)), strict=True)
+    pairs = zip(*(site.backward(*operands, method=METHODS[name]) for site in (first, second)), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
-@each_form
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("form", "masked"), [("flash", False), ("efficient", True), ("cudnn", False)])
 def test_opcheck(form: str, masked: bool, device: torch.device, by_triton: None) -> None:
     """What the kernels return is what compilers were told."""
-    do, f = batch(masked=masked and form != "flash").on_device(form, device)
+    do, f = batch(masked=masked).on_device(form, device)
     arguments = (do, f.q, f.k, f.v, f.out, f.lse, f.causal, f.mask, f.scale, *f.rest)
     op = torch.ops.sparse_compile.cuda_attention_backward.default
     torch.library.opcheck(op, (torch.tensor(NO_TOKEN), 0, form, *arguments))
@@ -358,7 +316,7 @@ class Attention(nn.Module):
 
 
 @each_form
-@pytest.mark.parametrize("name", ["exact", "sample"])
+@pytest.mark.parametrize("name", ["exact", "sample", "reuse"])
 def test_training_a_model(form: str, name: str, device: torch.device, by_triton: None) -> None:
     """Through the whole backend: the report says what computed the rows, and how many were skipped."""
     torch.manual_seed(0)
@@ -388,7 +346,7 @@ def test_training_a_model(form: str, name: str, device: torch.device, by_triton:
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: on the CPU there is nothing to wait for")
-@pytest.mark.parametrize("name", ["exact", "sample", "sample, clip"])
+@pytest.mark.parametrize("name", METHODS)
 def test_nothing_waits_for_the_gpu(name: str, kernel: str, device: torch.device) -> None:
     site, operands = AttentionSite("layer"), batch().on_device("efficient", device)
     for _ in range(3):  # kernels are built
