@@ -135,6 +135,14 @@ def test_masks(name: str, causal: bool, device: torch.device) -> None:
         assert_close(found, c.truth())
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, of the keys beyond the last
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (multiply|matmul)")
+def test_scores_far_below_zero(device: torch.device) -> None:
+    """The keys that fill up a tile have scores of zero, and exp(0 − L) is then infinite."""
+    c = case(device, mask=torch.full((T, U), -300.0, device=device))
+    assert_close(c.run(), c.truth())
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_rows_that_may_attend_to_nothing_give_zeros(sign: int, device: torch.device) -> None:
     """Whatever the forward's O is there, and whichever infinity its log-sum-exp."""
@@ -311,6 +319,14 @@ def test_causal_walks_leave_out_what_nobody_attends_to(device: torch.device) -> 
     assert torch.equal(dk[:, :, 16:], wanted[1][:, :, 16:])
     assert torch.equal(dv[:, :, 16:], wanted[2][:, :, 16:])
     assert dv[:, :, :16].isnan().all()
+
+
+@pytest.mark.parametrize("row", [0, 15, 16, 17, 31, 32])
+def test_a_causal_walk_goes_up_to_the_last_row(row: int, device: torch.device) -> None:
+    """Where that is the first, or the last, of a tile of keys."""
+    c = case(device, size=(1, 1, 33, 33, 16), causal=True)
+    c.live[:] = torch.arange(33, device=device) == row
+    assert_close(c.run(), c.truth())
 
 
 def test_the_same_sum_in_every_run(device: torch.device) -> None:
