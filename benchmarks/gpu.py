@@ -1,7 +1,8 @@
-"""What the Triton kernels are worth on the GPU at hand: their tests, then five comparisons, in 8 minutes.
+"""What the Triton kernels are worth on the GPU at hand: their tests, then six comparisons, in 8 minutes.
 
     products    the gathered products against cuBLAS on as many dense rows: the rate that is reached
     linear      the whole backward of one linear, rows chosen and gathered, against the two dense products
+    attention   its backward over some query rows against the dense one; see gpu_attention.py
     steps       training steps of a BERT-large- and a 1B-Llama-shaped model against plain torch.compile
     padding     steps under Schedule.exact(), on batches padded to twice their length and on full ones
     packing     packing and unpacking of saved activations against a copy of them; see gpu_pack.py
@@ -32,10 +33,12 @@ from torch import Tensor, nn  # noqa: E402
 ROOT = from_source.ROOT
 TESTS = (
     "tests/kernels/triton/test_products.py",
+    "tests/kernels/triton/test_attention.py",
     "tests/kernels/triton/test_row_stats.py",
     "tests/kernels/triton/test_pack.py",
     "tests/methods/test_on_device.py",
     "tests/test_device_linear.py",
+    "tests/test_device_attention.py",
 )
 # Rates and steps that issue 6 asks for, on an H100 in bfloat16.
 WANTED = {
@@ -174,6 +177,18 @@ def linear(device: torch.device, smoke: bool) -> list[Row]:
     return rows
 
 
+def attention(device: torch.device, smoke: bool) -> list[Row]:
+    """Kernels alone, and all that a site does in a backward."""
+    import gpu_attention
+
+    rows = []
+    for what, runs, site in gpu_attention.candidates(device, smoke):
+        seconds = medians(runs, rounds=2 if smoke else 30)
+        by = "" if site is None else f", by {site.kernel or 'aten'}"
+        rows.append(row(what + by, seconds, "ours", "dense", None))
+    return rows
+
+
 def model_of(name: str, smoke: bool) -> tuple[nn.Module, dict[str, Tensor]]:
     """A few layers with the sizes of the real model, and a batch. The vocabularies are cut as in presets.py:
     else the embedding and the head would be most of so short a model."""
@@ -275,7 +290,14 @@ def packing(device: torch.device, smoke: bool) -> list[Row]:
     return rows
 
 
-SECTIONS = {"products": products, "linear": linear, "steps": steps, "padding": padding, "packing": packing}
+SECTIONS = {
+    "products": products,
+    "linear": linear,
+    "attention": attention,
+    "steps": steps,
+    "padding": padding,
+    "packing": packing,
+}
 
 
 def run_tests() -> bool:

@@ -10,9 +10,11 @@ becomes
 
     backward   dQ, dK, dV = sparse_compile.fused_attention_backward(token, site, dO, Q, K, V, O, L, …)
 
-The fused ops of other devices (_flash_, _efficient_, _cudnn_, …) and FlexAttention are named in the report
-and left alone. The second form, with dropout on CPU or ``attn_implementation="eager"``, is a chain of two
-products with a softmax between them: ``passes/attention_chain.py``.
+The fused ops of CUDA (_flash_, _efficient_, _cudnn_) become ``cuda_attention_backward``, which gets all that
+their own backward was given: for all rows it is still that which runs. Those of other devices and
+FlexAttention are named in the report and left alone. The second form, with dropout on CPU or
+``attn_implementation="eager"``, is a chain of two products with a softmax between them:
+``passes/attention_chain.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import dataclasses
 import math
 import operator
 from collections import Counter
+from typing import Any
 
 import torch
 from sparse_compile.passes import graph as g
@@ -111,6 +114,25 @@ def _op_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
 
 
+# The forward of a fused op -> its backward, and the form by which ``cuda_attention_backward`` knows it.
+_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARDS = {
+    _CPU: (aten._scaled_dot_product_flash_attention_for_cpu_backward.default, "cpu"),
+    aten._scaled_dot_product_flash_attention.default: (
+        aten._scaled_dot_product_flash_attention_backward.default,
+        "flash",
+    ),
+    aten._scaled_dot_product_efficient_attention.default: (
+        aten._scaled_dot_product_efficient_attention_backward.default,
+        "efficient",
+    ),
+    aten._scaled_dot_product_cudnn_attention.default: (
+        aten._scaled_dot_product_cudnn_attention_backward.default,
+        "cudnn",
+    ),
+}
+
+
 def match_fused(forward: Node) -> Node:
     """The node of the backward of a fused attention.
 
@@ -119,27 +141,52 @@ def match_fused(forward: Node) -> Node:
     """
     if _is_flex(forward):
         raise NoMatch("the backward of FlexAttention is generated from its score function and not rewritten")
-    if forward.target is not aten._scaled_dot_product_flash_attention_for_cpu.default:
+    if forward.target not in _BACKWARDS:
         raise NoMatch(f"the backward of the op {_op_name(forward)} is not rewritten in this version")
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    for node in forward.graph.find_nodes(op="call_function", target=backward):
-        logsumexp, _ = g.strip_transposes(node.args[5])
+    target, form = _BACKWARDS[forward.target]  # type: ignore[index]
+    for node in forward.graph.find_nodes(op="call_function", target=target):
+        logsumexp, _ = g.strip_transposes(g.arguments(node)["logsumexp"])
         if logsumexp.target is operator.getitem and logsumexp.args[0] is forward:
+            _refuse(g.arguments(node), form)
             return node
     raise NoMatch("no gradient flows through it")
 
 
+def _refuse(given: dict[str, Any], form: str) -> None:
+    """Raise for arguments of a fused op's backward with which some rows cannot be computed alone."""
+    if given["dropout_p"] != 0.0:
+        raise NoMatch("it drops probabilities inside the op, which alone can tell which")
+    query, key, value = (g.shape_of(given[name]) for name in ("query", "key", "value"))
+    if not g.same_size(query[3], value[3]):
+        raise NoMatch("its values are of another width than its keys")
+    if form == "flash" and given["is_causal"] and not g.same_size(query[2], key[2]):
+        raise NoMatch("its causal mask is aligned to the last key, which is not that of the last query")
+    if form == "efficient" and given["grad_input_mask"][3]:
+        raise NoMatch("its mask wants a gradient, which takes all rows")
+
+
 def rewrite_fused(graph: Graph, backward: Node, *, token: Node) -> Node:
-    """Replace the backward of a fused attention by one ``fused_attention_backward`` op, and return it."""
-    *tensors, _, causal = backward.args
-    mask, scale = backward.kwargs.get("attn_mask"), backward.kwargs.get("scale")
+    """Replace the backward of a fused attention by one op of ours, and return it."""
+    given = g.arguments(backward)
+    names = ("query", "key", "value", "out", "logsumexp", "is_causal")
+    do = given.get("grad_out", given.get("grad_out_"))
+    operands = (*(given[name] for name in names), given.get("attn_mask", given.get("attn_bias")))
+    form = next(form for target, form in _BACKWARDS.values() if target is backward.target)
     with graph.inserting_before(backward):
-        gradients = g.call(
-            graph,
-            torch.ops.sparse_compile.fused_attention_backward.default,
-            *(token, NO_SITE, *tensors, causal, mask, scale),
-            like=backward,
-        )
+        if form == "cpu":
+            op = torch.ops.sparse_compile.fused_attention_backward.default
+            arguments = (token, NO_SITE, do, *operands, given["scale"])
+        else:
+            op = torch.ops.sparse_compile.cuda_attention_backward.default
+            lengths = ((name, None) for name in ("cum_seq_q", "cum_seq_k"))
+            most = ((name, 0) for name in ("max_q", "max_k"))
+            rest = [given.get(name, otherwise) for name, otherwise in (*lengths, *most)]
+            rest += [given["philox_seed"], given["philox_offset"]]
+            arguments = (token, NO_SITE, form, do, *operands, given["scale"], *rest)
+        gradients = g.call(graph, op, *arguments, like=backward)
+    for user in list(backward.users):
+        if user.args[1] == 3:  # the gradient of a mask, which is None
+            graph.erase_node(user)
     backward.replace_all_uses_with(gradients)
     graph.erase_node(backward)
     return gradients

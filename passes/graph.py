@@ -146,6 +146,14 @@ def computed_from_tangents(graph: Graph) -> set[Node]:
     return found
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen op by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    defaults = {argument.name: argument.default_value for argument in schema}
+    positional = dict(zip((argument.name for argument in schema), node.args, strict=False))
+    return {**defaults, **positional, **node.kwargs}
+
+
 def is_product(node: Node) -> bool:
     targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
     return node.op == "call_function" and node.target in targets

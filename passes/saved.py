@@ -311,8 +311,9 @@ def _forward_values(reader: Node) -> list[Node]:
 
 def _is_fused_attention(node: Node) -> bool:
     """Whether a node is a fused attention or its backward, PyTorch's own or ours."""
-    ours = torch.ops.sparse_compile.fused_attention_backward.default
-    return node.target is ours or "scaled_dot_product" in str(node.target)
+    ours = torch.ops.sparse_compile
+    is_ours = node.target in (ours.fused_attention_backward.default, ours.cuda_attention_backward.default)
+    return is_ours or "scaled_dot_product" in str(node.target)
 
 
 def _attention_output(value: Node) -> tuple[Node, int] | None:
@@ -325,9 +326,7 @@ def _attention_output(value: Node) -> tuple[Node, int] | None:
 
 def _drops_out(attention: Node) -> bool:
     """Whether an attention drops some of its probabilities: a second run would drop others."""
-    names = [argument.name for argument in attention.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
-    return given.get("dropout_p", 0.0) != 0.0
+    return g.arguments(attention).get("dropout_p", 0.0) != 0.0
 
 
 def _with_samples(source: Node) -> Node:

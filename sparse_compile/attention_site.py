@@ -6,9 +6,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from sparse_compile.device_attention import DeviceAttention
 from sparse_compile.kernels import attention as kernel
+from sparse_compile.kernels import on_device
+from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Memories, Use
 from sparse_compile.methods import attention, exact, fidelity, sample
+from sparse_compile.methods.rows import number_kept
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
@@ -25,9 +29,15 @@ class AttentionSite(Site):
         self._memories = Memories()
         self._draws = 0
         self._keys, self._stored = 0, False  # of the last backward
+        self._device: DeviceAttention | None = None
 
     def backward(
-        self, do: Tensor, forward: kernel.Forward, *, method: Method | None, use: Use = (0, 0)
+        self,
+        do: Tensor,
+        forward: kernel.Forward | CudaFused,
+        *,
+        method: Method | None,
+        use: Use = (0, 0),
     ) -> kernel.Gradients:
         """(dQ, dK, dV).
 
@@ -42,6 +52,8 @@ class AttentionSite(Site):
             self.method = "dense"
             self._count(0, self._rows, forward)
             return forward.backward(do)
+        if isinstance(forward, CudaFused):
+            return self._on_device(do, forward, method, use)
         if self.held_back or not isinstance(method, Reuse | Sample) or method.keep == 1.0:
             self.method = "exact"
             return self._exact(do, forward)
@@ -57,13 +69,76 @@ class AttentionSite(Site):
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
 
+    def _on_device(self, do: Tensor, forward: CudaFused, method: Method | None, use: Use) -> kernel.Gradients:
+        """As :meth:`backward`, by methods that need not wait for the device."""
+        device = self._device = self._device or DeviceAttention()
+        device.by_kernel = forward.by_kernel
+        if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or self.held_back:
+            method = None
+        elif not self._pays(method):
+            self._memories.clear()
+            method = None
+        self.method = "exact" if method is None else method.method
+        if isinstance(method, Reuse):
+            queries, gradients = self._reuse_on_device(device, do, forward, method, use)
+        elif isinstance(method, Sample):
+            keep = cast(float, method.keep)
+            queries = device.draw(do, forward, keep, method.clip, self._next_draw(use))
+            gradients = device.backward(do, forward, queries)
+        else:
+            queries = device.live_queries(do, forward)
+            gradients = device.backward(do, forward, queries)
+        self.kernel = device.kernel
+        computed = self._rows
+        if queries is not None and queries.weights is not None:
+            if self.kernel == "triton":
+                computed = number_kept(queries.share, self._rows)
+            if telemetry := self.watched():
+                live = queries.live[:, None, :, None]
+                self._observe(telemetry, do, forward, gradients, (live, live, live))
+        # Rows that the device alone has counted are taken off by settle().
+        self._count(0, computed, forward)
+        return gradients
+
+    def _reuse_on_device(
+        self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Reuse, use: Use
+    ) -> tuple[Queries | None, kernel.Gradients]:
+        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        queries: Queries | None
+        if means is None:
+            queries = device.live_queries(do, forward)
+            gradients = device.backward(do, forward, queries)
+        else:
+            queries, rows = device.choose(do, means["do"], method.keep)
+            gradients = device.backward(do, forward, queries)
+            gradients = attention.fill_in(gradients, rows, means, on_device.live_queries(gradients[2]))
+        if self._memories.due(use, method.refresh_every):
+            renewed = attention.means_for_rows(do, gradients, self._sample(method, use))
+            self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
+        return queries, gradients
+
+    def settle(self) -> None:
+        if self._device is not None:
+            zero, skipped, flops = self._device.settle()
+            self.counters.rows_zero += zero
+            self.counters.rows_computed -= skipped
+            self.counters.flops_backward -= flops
+
     def _pays(self, method: Reuse | Sample) -> bool:
         """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
-        save time; they are there for comparisons.)"""
+        save time; they are there for comparisons. The costs are those of a CPU, on every device.)"""
+        if self._cannot(method):
+            return False
         size = (self._rows, self._keys, self.shape[3])
         if isinstance(method, Sample):
             return attention.sampling_pays(cast(float, method.keep), *size, stored=self._stored)
         return method.granularity != "row" or attention.reuse_pays(method.keep, *size, stored=self._stored)
+
+    def _cannot(self, method: Reuse | Sample) -> bool:
+        """Whether there is no kernel for ``method`` on the GPU that this attention is on."""
+        if self._device is None or not isinstance(method, Reuse):
+            return False
+        return method.granularity != "row" or not self._device.by_kernel
 
     def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -81,9 +156,7 @@ class AttentionSite(Site):
         return forward.backward(do)
 
     def _sample_rows(self, do: Tensor, forward: kernel.Forward, method: Sample, use: Use) -> kernel.Gradients:
-        draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
-        self._draws += 1
-        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, draw)
+        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, self._next_draw(use))
         if drawn is None:
             return self._exact(do, forward)
         weights, zero = drawn
@@ -95,6 +168,10 @@ class AttentionSite(Site):
             self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
         return gradients
 
+    def _next_draw(self, use: Use) -> sample.Draw:
+        self._draws += 1
+        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
+
     def _reuse_rows(
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
     ) -> kernel.Gradients:
@@ -105,7 +182,8 @@ class AttentionSite(Site):
             rows = attention.choose_rows(do, means["do"], method.keep, live)
             groups = kernel.groups(rows.computed)
             self._count(0 if live is None else self._rows - int(live.sum()), _rows_in(groups), forward)
-            gradients = attention.fill_in(forward.backward_of_rows(do, groups), rows, means)
+            gradients = forward.backward_of_rows(do, groups)
+            gradients = attention.fill_in(gradients, rows, means, exact.live_queries(gradients[2]))
             if telemetry := self.watched():
                 kept = rows.computed[:, None, :, None]
                 self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
@@ -135,7 +213,7 @@ class AttentionSite(Site):
         self,
         telemetry: Telemetry,
         do: Tensor,
-        forward: kernel.Forward,
+        forward: kernel.Forward | CudaFused,
         gradients: kernel.Gradients,
         kept: tuple[Tensor, Tensor, Tensor],
     ) -> None:
@@ -165,10 +243,12 @@ class AttentionSite(Site):
         method = phase.attention
         if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
+        if self._cannot(method):
+            return "on a GPU attention reuses whole rows alone, by Triton: only zero rows are skipped"
         name = "sampling" if isinstance(method, Sample) else "reuse"
         return f"{name} would cost more than it saves at this size and keep: only zero rows are skipped"
 
-    def _count(self, zero: int, computed: int, forward: kernel.Forward) -> None:
+    def _count(self, zero: int, computed: int, forward: kernel.Forward | CudaFused) -> None:
         _, heads, _, features = self.shape
         flops = 2 * forward.keys * heads * features  # of one row in one product
         products = 4 if forward.stored else 5

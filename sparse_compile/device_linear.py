@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
-from sparse_compile.later import Later
-from sparse_compile.looks import Looks
+from sparse_compile.looks import LaterLooks
 from sparse_compile.methods import on_device as methods
 from sparse_compile.methods.rows import Estimate, Rows, number_kept
 from sparse_compile.methods.sample import Draw
@@ -50,32 +49,17 @@ class DeviceLinear:
     def __init__(self) -> None:
         self.kernel = ""
         self._tally = Tally()
-        self._last_look: tuple[Later, int] | None = None  # how many rows were alive, of how many
-        self._expected = 1.0  # share of live rows
-        self._looks = Looks(_LONGEST_PAUSE)
+        self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 
     def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
         """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay."""
         if 4 * dy.numel() * inputs < _WORTH_LOOKING:
             return None
-        worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
-        if not worth_it and not self._looks.due():
+        if not self._looks.due():
             return None
         rows = on_device.live_rows(dy)
         assert rows.count is not None
-        first = self._last_look is None
-        self._last_look = Later(rows.count), max(len(dy), 1)
-        if first:
-            worth_it = self._share_of_last_look() <= 1 - _WORTH_SKIPPING
-        self._looks.found(worth_it)
-        return rows if worth_it else None
-
-    def _share_of_last_look(self) -> float:
-        """Share of the rows that were alive then; 1 before the first."""
-        if self._last_look is not None:
-            alive, n = self._last_look
-            self._expected = alive.read() / n
-        return self._expected
+        return rows if self._looks.found(rows.count, len(dy)) else None
 
     def can_reuse(self, dy: Tensor, base: Tensor, method: Reuse) -> bool:
         """Whether ``method`` keeps whole rows, and few enough of them."""
@@ -144,7 +128,7 @@ class DeviceLinear:
         if not isinstance(estimate, Rows):
             return ("dense",)
         if estimate.padded:
-            return ("live", round(8 * self._expected))
+            return ("live", round(8 * self._looks.alive))
         tokens = 0 if estimate.base is None else len(estimate.base)
         return ("kept", len(estimate.kept), tokens, estimate.scale is None)
 

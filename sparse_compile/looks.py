@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from sparse_compile.later import Later
+
 
 class Looks:
     """In every backward for as long as looks find enough, and ever more rarely while they do not.
@@ -35,3 +39,42 @@ class Looks:
 
     def load(self, state: list[int]) -> None:
         self._pause, self._passed = state
+
+
+class LaterLooks:
+    """Looks whose result stays on the device: what one finds decides the backward after it.
+
+    Args:
+        longest: how many backwards there are between two looks, at most.
+        worth: the share of the rows that must be zero for skipping them to pay.
+    """
+
+    def __init__(self, longest: int, worth: float) -> None:
+        self._looks = Looks(longest)
+        self._worth = worth
+        self._last: tuple[Later, int] | None = None  # how many rows were alive, of how many
+        self.alive = 1.0  # the share that was, as far as the host has asked
+
+    def due(self) -> bool:
+        """Whether to look in this backward."""
+        return self._pays() or self._looks.due()
+
+    def found(self, alive: Tensor, n: int) -> bool:
+        """Whether to skip the rows that are zero.
+
+        Args:
+            alive: how many of the ``n`` rows are not, on the device; of the first look the host waits for it.
+        """
+        pays, first = self._pays(), self._last is None
+        self._last = Later(alive), max(n, 1)
+        if first:
+            pays = self._pays()
+        self._looks.found(pays)
+        return pays
+
+    def _pays(self) -> bool:
+        """Whether skipping would have paid at the last look."""
+        if self._last is not None:
+            alive, n = self._last
+            self.alive = alive.read() / n
+        return self.alive <= 1 - self._worth

@@ -10,6 +10,7 @@ import dataclasses
 import random
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_compile.later import Later
@@ -98,11 +99,13 @@ class Memory:
 
 @dataclasses.dataclass(slots=True)
 class Snapshot:
-    """Named tensors of one backward, the lengths of the sequences they are of, and how many backwards ago."""
+    """Named tensors of one backward, the lengths of the sequences they are of, how many backwards ago, and
+    whether they are finite, which a GPU tells later."""
 
     tensors: dict[str, Tensor]
     sizes: tuple[int, ...]
     age: int = 0
+    finite: Later | None = None  # None: they are
 
 
 class Memories:
@@ -115,7 +118,7 @@ class Memories:
     def recall(self, use: Use, like: Tensor, sizes: tuple[int, ...]) -> dict[str, Tensor] | None:
         """What was remembered, in the dtype of ``like``; None if nothing was, or for other ``sizes``."""
         snapshot = self._snapshots.get(use)
-        if snapshot is None or snapshot.sizes != sizes:
+        if snapshot is None or snapshot.sizes != sizes or not _is_finite(snapshot):
             self._snapshots.pop(use, None)
             return None
         snapshot.tensors = {name: tensor.to(like) for name, tensor in snapshot.tensors.items()}
@@ -128,10 +131,10 @@ class Memories:
 
     def remember(self, use: Use, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
         """Remember ``tensors`` if they are finite, else nothing."""
-        if all(bool(tensor.sum(dtype=wide(tensor.dtype)).isfinite()) for tensor in tensors.values()):
-            self._snapshots[use] = Snapshot(tensors, sizes)
-        else:
-            self._snapshots.pop(use, None)
+        sums = torch.stack([tensor.sum(dtype=wide(tensor.dtype)) for tensor in tensors.values()])
+        self._snapshots[use] = Snapshot(tensors, sizes, finite=Later(sums.isfinite().all()))
+        if not sums.is_cuda and not _is_finite(self._snapshots[use]):
+            self._snapshots.pop(use)
 
     def draw(self, samples: int, seed: str) -> int:
         """A random sample; ``seed`` and a count decide which."""
@@ -143,7 +146,9 @@ class Memories:
 
     def state_dict(self) -> dict[str, Any]:
         snapshots = {
-            f"{call}/{lane}": (s.tensors, list(s.sizes), s.age) for (call, lane), s in self._snapshots.items()
+            f"{call}/{lane}": (s.tensors, list(s.sizes), s.age)
+            for (call, lane), s in self._snapshots.items()
+            if _is_finite(s)
         }
         return {"snapshots": snapshots, "draws": self._draws}
 
@@ -154,3 +159,9 @@ class Memories:
             call, lane = key.split("/")
             copies = {name: tensor.clone() for name, tensor in tensors.items()}
             self._snapshots[int(call), int(lane)] = Snapshot(copies, tuple(sizes), age)
+
+
+def _is_finite(snapshot: Snapshot) -> bool:
+    if snapshot.finite is not None and snapshot.finite.read():
+        snapshot.finite = None
+    return snapshot.finite is None

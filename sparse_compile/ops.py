@@ -19,6 +19,11 @@
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
     Q, O [B, H, T, D], K, V [B, H, U, D], log-sum-exp [B, H, T]; see ``passes/attention.py``.
 
+``cuda_attention_backward(token, site, form, do, q, k, v, out, lse, causal, mask, scale, …) -> (dq, dk, dv)``
+    the same of the fused ops of CUDA, without dropout; ``form`` is "flash", "efficient" or "cudnn". What
+    follows are those arguments of the op's own backward that only pass through. The log-sum-exp is as the op
+    gives it: [B, H, T], [B, H, T, 1], or with room behind the last row.
+
 ``attention_backward(token, site, do, dropped, probabilities, v, q, kt, scale, heads) -> (dq, dkt, dv)``
     the gradients of an attention that is a chain of products; see ``passes/attention_chain.py``. dO, Q
     [N, T, D], Kᵀ [N, D, U], V [N, U, D], A' (``dropped``) [N, T, U], A (``probabilities``) the same up to its
@@ -52,6 +57,7 @@ from sparse_compile.block_site import BlockSite
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels.attention import Forward
 from sparse_compile.kernels.attention_chain import Chain
+from sparse_compile.kernels.attention_cuda import CudaFused
 from sparse_compile.kernels.attention_fused import Fused
 from sparse_compile.kernels.attention_fused import empty as empty_heads
 from sparse_compile.linear_site import LinearSite
@@ -70,6 +76,13 @@ _library.define(
     "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "cuda_attention_backward(Tensor token, int site, str form, Tensor do, Tensor q, Tensor k, Tensor v,"
+    " Tensor out, Tensor lse, bool causal, Tensor? mask, float? scale, Tensor? cum_seq_q, Tensor? cum_seq_k,"
+    " SymInt max_q, SymInt max_k, Tensor seed, Tensor offset) -> (Tensor, Tensor, Tensor)",
+    # A mask's rows are aligned as the op wants them.
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
     "attention_backward(Tensor token, int site, Tensor do, Tensor dropped, Tensor? probabilities, Tensor v,"
@@ -142,6 +155,13 @@ def _fused_attention_backward(
     return _attention(token, site, do, Fused(q, k, v, out, lse, causal, mask, scale))
 
 
+@torch.library.impl(_library, "cuda_attention_backward", "CompositeExplicitAutograd")
+def _cuda_attention_backward(
+    token: Tensor, site: int, form: str, do: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention(token, site, do, _cuda_fused(form, *rest))
+
+
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(
     token: Tensor,
@@ -162,7 +182,24 @@ def _attention_backward(
     return dq.flatten(0, 1), dk.transpose(2, 3).flatten(0, 1), dv.flatten(0, 1)
 
 
-def _attention(token: Tensor, site: int, do: Tensor, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda_fused(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float | None,
+    *rest: Any,
+) -> CudaFused:
+    return CudaFused(form, q, k, v, out, lse, causal, mask, scale, rest)
+
+
+def _attention(
+    token: Tensor, site: int, do: Tensor, forward: Forward | CudaFused
+) -> tuple[Tensor, Tensor, Tensor]:
     attention, use, phase = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
     assert isinstance(attention, AttentionSite)
     method = None if phase is None or attention.controller.measures(phase.step) else phase.attention
@@ -199,6 +236,13 @@ def _fused_attention_backward_fake(
     token: Tensor, site: int, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_heads(q), empty_heads(k), empty_heads(v)
+
+
+@torch.library.register_fake("sparse_compile::cuda_attention_backward")
+def _cuda_attention_backward_fake(
+    token: Tensor, site: int, form: str, do: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _cuda_fused(form, *rest).backward(do)
 
 
 @torch.library.register_fake("sparse_compile::attention_backward")

@@ -29,13 +29,17 @@ def _untuned() -> Iterator[None]:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         yield
         return
-    from sparse_compile.kernels.triton import input_gradient, weight_gradient
+    from sparse_compile.kernels.triton import attention, input_gradient, tiles, weight_gradient
 
     tuned = [getattr(module, name) for module in (input_gradient, weight_gradient) for name in TUNED]
     lists = [kernel.configs for kernel in tuned]
     for kernel in tuned:
         kernel.configs = kernel.configs[-1:]
+    scores = dict(tiles.SCORES)
+    tiles.SCORES.update({which: configs[-1:] for which, configs in scores.items()})
     yield
+    tiles.SCORES.update(scores)
+    attention._tuned.cache_clear()
     for kernel, configs in zip(tuned, lists, strict=True):
         kernel.configs = configs
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts, not a package
 
 import gpu
+import gpu_attention
 import gpu_pack
 
 from sparse_compile.kernels.triton import pack as by_triton
@@ -32,7 +34,7 @@ def test_every_section_runs_and_is_written_down(tmp_path: Path, capsys: pytest.C
     assert {"torch", "triton", "transformers"} <= found["versions"].keys()
     printed = capsys.readouterr().out
     lines = [line for rows in found["sections"].values() for line in rows]
-    assert len(lines) == 6 + 6 + 4 + 2 + 4
+    assert len(lines) == 6 + 6 + 7 + 4 + 2 + 4
     assert all(line["ours_ms"] > 0 and line["theirs_ms"] > 0 and line["ratio"] > 0 for line in lines)
     assert all(line["what"] in printed for line in lines)
 
@@ -48,6 +50,25 @@ def test_packing_is_checked_and_has_rates(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(by_triton, "unpack", lambda mask, values, entries: values.new_zeros(2, 100))
     with pytest.raises(AssertionError, match="unpack gives another activation"):
         gpu_pack.kernels(torch.randn(2, 100, device=device), 10)
+
+
+def test_attention_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = gpu.attention(device, smoke=True)
+    kernels = [f"kernels, keep {keep}" for keep in gpu_attention.KEEPS]
+    sites = [f"sample, keep {keep}" for keep in gpu_attention.KEEPS]
+    assert [", ".join(line["what"].split(", ")[:2]) for line in lines] == [
+        *(*kernels, *sites, "exact, half zero"),
+    ]
+    right = gpu_attention.by_kernels
+
+    def wrong(*arguments: Any) -> Any:
+        dq, dk, dv = right(*arguments)
+        return dq, 1.5 * dk, dv
+
+    monkeypatch.setattr(gpu_attention, "by_kernels", wrong)
+    with pytest.raises(AssertionError, match="dK is off by"):
+        next(gpu_attention.candidates(device, smoke=True))
 
 
 def test_a_section_after_the_time_is_over_is_left_out(tmp_path: Path) -> None:

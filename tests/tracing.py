@@ -87,7 +87,11 @@ class Trace:
     def attention_ops(self) -> dict[int, Node]:
         """The ops inserted for attentions, by site number; every rewritten attention has one."""
         ours = torch.ops.sparse_compile
-        targets = (ours.attention_backward.default, ours.fused_attention_backward.default)
+        targets = (
+            ours.attention_backward.default,
+            ours.fused_attention_backward.default,
+            ours.cuda_attention_backward.default,
+        )
         ops = [node for node in self.graph.nodes if node.target in targets]
         assert sorted(op.args[1] for op in ops) == [
             i for i, r in enumerate(self.records) if r.rewritten and r.kind == "attention"

@@ -1,10 +1,13 @@
-"""The two products of a linear's backward over rows whose number only the device knows, by Triton.
+"""The backward of linears and attentions over rows whose number only the device knows, by Triton.
 
-They are those of ``linear.py``, with the same results, up to the order of sums. The rows are gathered inside
-the products; those of the base (P · W and Pᵀ · Σ dropped X, 1/B of the dense work) are left to ATen.
+The products of a linear are those of ``linear.py``, with the same results, up to the order of sums. Rows are
+gathered inside the kernels; what reuse adds for a base (P · W and Pᵀ · Σ dropped X, 1/B of the dense work) is
+left to ATen.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +46,27 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from sparse_compile.kernels.triton.row_stats import row_stats
 
     return row_stats(dy, base)
+
+
+def live_queries(do: Tensor) -> Tensor:
+    """Which query rows of ``do`` [B, H, T, D] are not zero in every head: bool [B, T]."""
+    from sparse_compile.kernels.triton.row_stats import live_rows
+
+    b, h, t, d = do.shape
+    rows = do.transpose(1, 2)
+    if rows.is_contiguous():
+        return live_rows(rows.view(b * t, h * d)).view(b, t)
+    return live_rows(do.reshape(b * h * t, d)).view(b, h, t).any(1)
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, live: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV over the query rows that are ``live``, bool [B, T]; see ``triton/attention.py``."""
+    from sparse_compile.kernels.triton.attention import attention
+    from sparse_compile.kernels.triton.compaction import compact_samples
+
+    return attention(do, q, k, v, out, lse, *compact_samples(live.contiguous()), **options)
 
 
 def backward(

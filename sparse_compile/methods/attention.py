@@ -115,15 +115,22 @@ def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> C
     computed[chosen.kept] = True
     dropped = cast(Tensor, chosen.dropped).view(b, t)
     norms = torch.linalg.vector_norm(rows, dim=1).view(b, t)
-    share = (norms * dropped).sum(1) / norms.sum(1).clamp_min(torch.finfo(norms.dtype).tiny)
-    return ChosenRows(computed.view(b, t), dropped, share)
+    return ChosenRows(computed.view(b, t), dropped, share_of(norms, dropped))
 
 
-def fill_in(gradients: Gradients, rows: ChosenRows, means: Means) -> Gradients:
-    """Add what stands in for the dropped rows to the gradients of the computed ones, in place."""
+def share_of(norms: Tensor, dropped: Tensor) -> Tensor:
+    """f [B] of ``norms`` [B, T] of the rows, and which of them are dropped, bool [B, T]."""
+    return (norms * dropped).sum(1) / norms.sum(1).clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def fill_in(gradients: Gradients, rows: ChosenRows, means: Means, attended: Tensor | None) -> Gradients:
+    """Add what stands in for the dropped rows to the gradients of the computed ones, in place.
+
+    Args:
+        attended: bool [B, U], the keys that some row attends to: those whose dV is not zero. None is all.
+    """
     dq, dk, dv = gradients
     torch.where(rows.dropped[:, None, :, None], means["dq"], dq, out=dq)
-    attended = exact.live_queries(dv)
     share = rows.share.unsqueeze(1) if attended is None else rows.share.unsqueeze(1) * attended
     weight = share.view(len(dv), 1, -1, 1).to(dv.dtype)
     dk.addcmul_(means["dk"].unsqueeze(0), weight)

@@ -52,8 +52,9 @@ def test_keys_that_no_computed_row_attends_to_get_nothing() -> None:
     rows = attention.ChosenRows(~dropped, dropped, share=torch.tensor([0.5, 0.0, 1.0]).double())
     means = {name: random(HEADS, n, FEATURES) for name, n in (("dq", QUERIES), ("dk", KEYS), ("dv", KEYS))}
     before = tuple(random(SAMPLES, HEADS, n, FEATURES) for n in (QUERIES, KEYS, KEYS))
-    before[2][0, :, 3] = 0
-    dq, dk, dv = attention.fill_in(tuple(x.clone() for x in before), rows, means)  # type: ignore[arg-type]
+    attended = torch.ones(SAMPLES, KEYS, dtype=torch.bool)
+    attended[0, 3] = False
+    dq, dk, dv = attention.fill_in(tuple(x.clone() for x in before), rows, means, attended)  # type: ignore[arg-type]
     weight = rows.share.view(-1, 1, 1, 1).repeat(1, 1, KEYS, 1)
     weight[0, 0, 3] = 0
     torch.testing.assert_close(dk, before[1] + weight * means["dk"])

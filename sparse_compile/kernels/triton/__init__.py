@@ -1,11 +1,12 @@
-"""Triton kernels for CUDA: the products of a linear's backward over rows that are gathered as they are read,
-and the packing of what is saved for a backward.
+"""Triton kernels for CUDA: the backward of linears and attentions over rows that are gathered as they are
+read, and the packing of what is saved for a backward.
 
     row_stats.py         norms of the rows of dY, and which of them are zero, in one pass
     compaction.py        which rows are live  ►  an index buffer and a count
     input_gradient.py    gather–matmul, dX = dY · W over the rows in the buffer
     weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
-    tiles.py             the tile sizes that the two products are tuned over
+    attention.py         attention's backward over the query rows in the buffer
+    tiles.py             the tile sizes that these are tuned over
     select.py            the k-th largest magnitude of every sample
     pack.py              a bit for every entry, and the kept values one after the other; and back
     reference.py         what each of them computes, in eager PyTorch; read this first

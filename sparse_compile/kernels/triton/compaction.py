@@ -2,7 +2,7 @@
 
 One program walks over the N flags with a running sum, so the buffer is ascending and the same in every run.
 (Several that reserve their places with an atomic would fill it in another order each time, and with it
-change the order of the sums in dW.)
+change the order of the sums in dW.) Where each sample has a buffer of its own, each has a program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _compact(live, kept, count, slot, n, BLOCK: tl.constexpr):
+def _compact(live, kept, count, slot, n, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    sample = tl.program_id(0)
+    live += sample.to(tl.int64) * n
+    kept += sample.to(tl.int64) * n
     found = 0
     for start in range(0, n, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -24,9 +27,10 @@ def _compact(live, kept, count, slot, n, BLOCK: tl.constexpr):
         flag = (tl.load(live + rows, mask=there, other=0) != 0).to(tl.int32)
         place = found + tl.cumsum(flag, axis=0) - 1
         tl.store(kept + place, rows, mask=flag != 0)
-        tl.store(slot + rows, tl.where(flag != 0, place, n - 1).to(tl.int64), mask=there)
+        if SLOTS:
+            tl.store(slot + rows, tl.where(flag != 0, place, n - 1).to(tl.int64), mask=there)
         found += tl.sum(flag, axis=0)
-    tl.store(count, found)
+    tl.store(count + sample, found)
 
 
 def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,5 +47,22 @@ def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.zeros(n, dtype=torch.int32, device=live.device)
     count = torch.empty(1, dtype=torch.int32, device=live.device)
     slot = torch.empty(n, dtype=torch.int64, device=live.device)
-    _compact[(1,)](live.view(torch.int8), kept, count, slot, n, BLOCK=_BLOCK, num_warps=16)
+    _compact[(1,)](live.view(torch.int8), kept, count, slot, n, SLOTS=True, BLOCK=_BLOCK, num_warps=16)
     return kept, count, slot
+
+
+def compact_samples(live: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample's live rows, in a buffer of its own.
+
+    Args:
+        live: bool [B, T], contiguous.
+
+    Returns:
+        (kept int32 [B, T], padded with zeros; count int32 [B]).
+    """
+    b, t = live.shape
+    kept = torch.zeros(b, t, dtype=torch.int32, device=live.device)
+    count = torch.empty(b, dtype=torch.int32, device=live.device)
+    if b > 0:
+        _compact[(b,)](live.view(torch.int8), kept, count, count, t, SLOTS=False, BLOCK=_BLOCK, num_warps=16)
+    return kept, count

@@ -82,3 +82,45 @@ def kth_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     least = magnitude.sort(dim=1, descending=True).values[:, k - 1]
     bits = least.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
     return bits.int(), k - (magnitude > least.unsqueeze(1)).sum(1)
+
+
+def attention(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    count: Tensor,
+    *,
+    weight: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ [B, H, T, D], dK and dV [B, G, U, D] of the kept rows, in float32; shapes as in ``attention.py``.
+
+    Rows that may attend to nothing (their log-sum-exp is infinite) give zeros.
+    """
+    (b, h, t, d), (groups, keys) = q.shape, k.shape[1:3]
+    scale = d**-0.5 if scale is None else scale
+    factor = torch.zeros(b, t, device=q.device)
+    for sample in range(b):
+        rows = kept[sample, : int(count[sample])].long()
+        factor[sample, rows] = 1.0 if weight is None else weight[sample, rows].float()
+    q, k, v, out = (x.float() for x in (q, k, v, out))
+    do = torch.where(factor[:, None, :, None] != 0, do.float() * factor[:, None, :, None], 0.0)
+    wide_k, wide_v = (x.repeat_interleave(h // groups, 1) for x in (k, v))
+    scores = q @ wide_k.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    if causal:
+        later = torch.ones(t, keys, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    empty = lse.isinf().unsqueeze(-1)
+    a = torch.where(empty, 0.0, (scores - lse.unsqueeze(-1)).exp())
+    delta = torch.where(empty, 0.0, (do * out).sum(-1, keepdim=True))
+    ds = a * (do @ wide_v.mT - delta) * scale
+    dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (ds.mT @ q, a.mT @ do))
+    return ds @ wide_k, dk, dv

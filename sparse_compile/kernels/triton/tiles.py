@@ -1,4 +1,4 @@
-"""The tile sizes over which the two products are tuned: a short list, each of which is known to fit.
+"""The tile sizes over which products and attention are tuned: a short list, each of which is known to fit.
 
 ``tests/kernels/triton/test_build.py`` builds every one for sm_80 and sm_90, and looks at its shared memory,
 its spills and its instructions. The choice is made at the first call with a shape, by measuring; rows are
@@ -55,15 +55,56 @@ SINGLE = [
 _SMALLEST = [_tile(16, 16, 16, warps=4, stages=1)]
 
 
+def _scores(rows: int, keys: int, *, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
+
+
+# Tiles of an attention's scores, by what a program walks over (the rows, for a block of keys, or the keys,
+# for a block of rows), by the GPU, or float32 on any, and by whether heads are wider than NARROW. Walking
+# over rows takes two accumulators, and so smaller steps.
+NARROW = 64
+SCORES = {
+    ("rows", "80", False): [
+        _scores(32, 128, warps=8, stages=2),
+        _scores(32, 64, warps=4, stages=2),
+        _scores(16, 64, warps=4, stages=2),
+    ],
+    ("rows", "80", True): [_scores(32, 64, warps=4, stages=2), _scores(16, 64, warps=4, stages=2)],
+    ("rows", "90", False): [_scores(64, 128, warps=8, stages=2), _scores(32, 128, warps=8, stages=2)],
+    ("rows", "90", True): [_scores(32, 128, warps=8, stages=2), _scores(16, 128, warps=8, stages=2)],
+    ("rows", "single", False): [_scores(32, 32, warps=8, stages=2)],
+    ("rows", "single", True): [_scores(16, 32, warps=4, stages=2)],
+    ("keys", "80", False): [_scores(128, 64, warps=8, stages=3), _scores(64, 32, warps=4, stages=3)],
+    ("keys", "80", True): [_scores(128, 64, warps=8, stages=2), _scores(64, 32, warps=4, stages=3)],
+    ("keys", "90", False): [_scores(128, 64, warps=8, stages=3), _scores(64, 64, warps=4, stages=3)],
+    ("keys", "90", True): [_scores(128, 64, warps=8, stages=3), _scores(64, 64, warps=4, stages=3)],
+    ("keys", "single", False): [_scores(32, 32, warps=4, stages=2)],
+    ("keys", "single", True): [_scores(32, 16, warps=4, stages=2)],
+}
+SMALLEST_SCORES = [_scores(16, 16, warps=4, stages=1)]
+
+
 def half() -> list[triton.Config]:
     """The list for the GPU at hand."""
+    return HALF[_generation()]
+
+
+def scores(over: str, single: bool, wide: bool) -> list[triton.Config]:
+    """The list in ``SCORES`` for the GPU at hand."""
+    return SCORES[over, "single" if single else str(_generation()), wide]
+
+
+def _generation() -> int:
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return HALF[90 if hopper else 80]
+    return 90 if hopper else 80
 
 
-def tuned(kernel: Any, configs: list[triton.Config], key: list[str]) -> Any:
-    """``kernel``, run with the fastest of ``configs`` for each value of the arguments named by ``key``."""
-    return triton.autotune(_SMALLEST if INTERPRETED.value else configs, key)(kernel)
+def tuned(
+    kernel: Any, configs: list[triton.Config], key: list[str], smallest: list[triton.Config] = _SMALLEST
+) -> Any:
+    """``kernel``, run with the fastest of ``configs`` for each value of the arguments named by ``key``;
+    interpreted, with the ``smallest``."""
+    return triton.autotune(smallest if INTERPRETED.value else configs, key)(kernel)
 
 
 def precision() -> str:

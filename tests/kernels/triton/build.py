@@ -57,6 +57,7 @@ def build(
     capability: int,
     *,
     sizes: str = "multiples of 16",
+    types: dict[str, str] | None = None,
     **options: int,
 ) -> dict[str, Any]:
     """Compile ``kernel`` for contiguous tensors.
@@ -68,6 +69,7 @@ def build(
         capability: of the GPU.
         sizes: what Triton knows of them, for it compiles anew for ``"multiples of 16"``, ``"ones"``, which
             become constants, and ``"any"``.
+        types: of arguments that are called as others are elsewhere.
         options: ``num_warps``, ``num_stages``.
     """
     import triton
@@ -78,21 +80,32 @@ def build(
     others |= {"live": "*i8"}
     others |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32"}
     others |= {"before": "*i64", "ones": "*i32", "mask": "*u8", "bits": "*i8"}
+    others |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32", **(types or {})}
     tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
-    signature, attributes = {}, {}
+    signature: dict[str, Any] = {}
+    constexprs: dict[Any, Any] = {**constants, **unit}
+    attributes = {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants or name in unit:
             signature[name] = "constexpr"
             continue
+        if name.endswith("_strides"):  # a tuple, the last of which is that of the features
+            last = 2 if name == "lse_strides" else 3
+            ones = range(last + 1) if sizes == "ones" else [last]
+            signature[name] = tuple("constexpr" if i in ones else "i32" for i in range(last + 1))
+            constexprs |= {(position, i): 1 for i in ones}
+            if sizes == "multiples of 16":
+                attributes |= {(position, i): [["tt.divisibility", 16]] for i in range(last)}
+            continue
         if sizes == "ones" and name not in others and name not in tensors and name not in unspecialized:
-            signature[name], unit[name] = "constexpr", 1
+            signature[name], constexprs[name] = "constexpr", 1
             continue
         signature[name] = others.get(name) or (f"*{dtype}" if name in tensors else "i32")
-        if sizes == "multiples of 16" and name not in unspecialized:
+        if sizes == "multiples of 16" and name not in unspecialized and signature[name] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs={**unit, **constants}, attrs=attributes)
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     return {
@@ -158,7 +171,8 @@ def others() -> Iterator[Built]:
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
         ("row_stats", row_stats._row_stats, {**block, "BASED": False}, {}),
         ("live_rows", row_stats._live_rows, block, {}),
-        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK}, {"num_warps": 16}),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}, {"num_warps": 16}),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": False}, {"num_warps": 16}),
     ]
     for (name, kernel, constants, options), dtype, capability in itertools.product(
         chosen, ("bf16", "fp32"), CAPABILITIES
@@ -186,7 +200,7 @@ def odd_sizes() -> Iterator[Built]:
         ("gather_reduce", weight_gradient._gather_reduce, tile),
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}),
         ("live_rows", row_stats._live_rows, block),
-        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK}),
+        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}),
     ]
     for (name, kernel, constants), sizes in itertools.product(kernels, ("ones", "any")):
         yield Built(
@@ -233,6 +247,87 @@ def packing() -> Iterator[Built]:
             )
 
 
+def attention() -> Iterator[Built]:
+    """The two walks: every tile under a causal mask and with one that is added; and the other masks, float16,
+    sizes of one and any with one tile."""
+    from sparse_compile.kernels.triton import tiles
+
+    for (over, gpu, wide), configs in tiles.SCORES.items():
+        width = 128 if wide else 64
+        modes = [("bf16", "ieee", int(gpu), mask) for mask in ("causal", "added")] if gpu != "single" else []
+        if gpu == "single":
+            modes = [("fp32", "ieee", capability, "added") for capability in CAPABILITIES]
+            modes += [("fp32", "tf32", 80, "added")]
+        for config, mode in itertools.product(configs, modes):
+            yield _walk(over, width, config, *mode)
+    for over in ("rows", "keys"):
+        config = tiles.SCORES[over, "90", False][-1]
+        yield _walk(over, 64, config, "fp16", "ieee", 90, "none")
+        yield _walk(over, 64, config, "bf16", "ieee", 90, "bool, of all rows")
+        for sizes in ("ones", "any"):
+            yield _walk(over, 64, config, "bf16", "ieee", 90, "causal and bool", sizes=sizes)
+    yield from _prepared()
+
+
+def _heads(dtype: str) -> dict[str, str]:
+    """Arguments of an attention, [B, H, T, D]."""
+    return dict.fromkeys(("do", "q", "k", "v", "out", "dq", "dk", "dv"), f"*{dtype}")
+
+
+def _walk(
+    over: str,
+    width: int,
+    config: Any,
+    dtype: str,
+    precision: str,
+    capability: int,
+    mask: str,
+    *,
+    sizes: str = "multiples of 16",
+) -> Built:
+    from sparse_compile.kernels.triton import attention
+
+    constants = {**config.kwargs, "WIDTH": width, "PRECISION": precision, "CAUSAL": "causal" in mask}
+    constants |= {"MASKED": mask not in ("none", "causal"), "ALIKE": "all rows" in mask}
+    kernel = attention._key_gradients if over == "rows" else attention._query_gradients
+    return Built(
+        kernel="key_gradients" if over == "rows" else "query_gradients",
+        tile="{ROWS}x{KEYS}".format(**config.kwargs) + f"x{width}, {config.num_warps} warps, mask: {mask}",
+        dtype=dtype,
+        precision=precision,
+        scaled=False,
+        capability=capability,
+        **build(
+            kernel,
+            constants,
+            dtype,
+            capability,
+            sizes=sizes,
+            types=_heads(dtype) | {"scale": "fp32", "mask": f"*{dtype}" if mask == "added" else "*i8"},
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+    )
+
+
+def _prepared() -> Iterator[Built]:
+    from sparse_compile.kernels.triton import attention
+
+    targets = [("multiples of 16", capability) for capability in CAPABILITIES] + [("ones", 90), ("any", 90)]
+    for dtype, (sizes, capability) in itertools.product(("bf16", "fp32"), targets):
+        weighted = dtype == "bf16"
+        constants = {"WEIGHTED": weighted, "ROWS": attention._PREPARED, "WIDTH": 128}
+        yield Built(
+            kernel="prepare",
+            tile=str(constants),
+            dtype=dtype,
+            precision="",
+            scaled=weighted,
+            capability=capability,
+            **build(attention._prepare, constants, dtype, capability, sizes=sizes, types=_heads(dtype)),
+        )
+
+
 if __name__ == "__main__":
-    everything = itertools.chain(products(), others(), odd_sizes(), packing())
+    everything = itertools.chain(products(), others(), odd_sizes(), packing(), attention())
     json.dump([dataclasses.asdict(built) for built in everything], sys.stdout)

@@ -1,0 +1,122 @@
+"""An attention on a GPU: as ``device_linear.py``, query rows for rows.
+
+Rows are chosen by what stays on the device; whether zero rows are skipped is decided by how many there were
+at the backward before; and whether the op's own backward or Triton's computes the rows is measured once for
+every shape (``kernels/choice.py``). Both give the gradients of the same rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_compile.device_linear import Tally
+from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels.attention import Gradients
+from sparse_compile.kernels.attention_cuda import CudaFused, Queries
+from sparse_compile.looks import LaterLooks
+from sparse_compile.methods import on_device as methods
+from sparse_compile.methods.attention import ChosenRows, share_of
+from sparse_compile.methods.rows import number_kept
+from sparse_compile.methods.sample import Draw
+
+# As for linears: see device_linear.py.
+_WORTH_SKIPPING = 1 / 16
+_WORTH_LOOKING = 4e9  # FLOPs of the five products
+_LONGEST_PAUSE = 15
+
+
+class DeviceAttention:
+    """What an attention's site keeps for its GPU.
+
+    Attributes:
+        kernel: what its last backward ran on.
+        by_kernel: whether there is a kernel for some of its rows.
+    """
+
+    def __init__(self) -> None:
+        self.kernel = ""
+        self.by_kernel = True
+        self._tally = Tally()
+        self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
+
+    def live_queries(self, do: Tensor, forward: CudaFused) -> Queries | None:
+        """The rows of ``do`` [B, H, T, D] that are not zero, or None: nobody looked, or it would not pay."""
+        worth_looking = forward.by_kernel and _flops(forward, len(do) * do.shape[2]) >= _WORTH_LOOKING
+        if not worth_looking or not self._looks.due():
+            return None
+        live = on_device.live_queries(do)
+        found = self._looks.found(live.sum(), live.numel())
+        return Queries(live, None, self._looks.alive) if found else None
+
+    def draw(self, do: Tensor, forward: CudaFused, keep: float, clip: float | None, draw: Draw) -> Queries:
+        """round(keep · B · T) rows drawn by ‖dO_t‖ over all heads; see :mod:`methods.attention`."""
+        b, _, t, _ = do.shape
+        norms = torch.linalg.vector_norm(do, dim=(1, 3), dtype=torch.float32)
+        if forward.by_kernel:
+            # The square of an entry below 1e-23 is zero, and yet its row needs a chance.
+            live = on_device.live_queries(do)
+            norms = torch.where(live, norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
+        drawn = methods.drawn(norms.view(-1), number_kept(keep, b * t), clip, draw)
+        assert drawn.scale is not None
+        weights = norms.new_zeros(b * t).scatter_(0, drawn.kept, drawn.scale.to(norms.dtype)).view(b, t)
+        self._tally.zero = self._tally.zero + (norms == 0).sum()
+        return Queries(weights != 0, weights, keep)
+
+    def choose(self, do: Tensor, mean: Tensor, keep: float) -> tuple[Queries, ChosenRows]:
+        """The rows with the largest ‖dO − dŌ‖; see :func:`methods.attention.choose_rows`. By Triton alone."""
+        b, h, t, d = do.shape
+        rows = do.transpose(1, 2).reshape(b * t, h * d)
+        base = mean.transpose(0, 1).reshape(t, h * d)
+        squares, live = on_device.row_stats(rows, base)
+        dropped = methods.largest(squares, live, keep, base).dropped
+        assert dropped is not None
+        computed, dropped = (live & ~dropped).view(b, t), dropped.view(b, t)
+        norms = torch.linalg.vector_norm(do, dim=(1, 3), dtype=torch.float32)
+        self._tally.zero = self._tally.zero + (~live).sum()
+        chosen = ChosenRows(computed, dropped, share_of(norms, dropped))
+        return Queries(computed, computed.to(torch.float32), keep), chosen
+
+    def backward(self, do: Tensor, forward: CudaFused, queries: Queries | None) -> Gradients:
+        """dQ, dK, dV of ``queries``, or of all rows, on whatever is fastest."""
+
+        def by_aten() -> Gradients:
+            return forward.backward(do if queries is None else queries.apply(do))
+
+        if queries is None or not forward.by_kernel:
+            self.kernel = "aten"
+            return by_aten()
+
+        def by_triton() -> Gradients:
+            return forward.backward_of_queries(do, queries)
+
+        self.kernel = choice.fastest(self._key(do, forward, queries), {"aten": by_aten, "triton": by_triton})
+        if self.kernel == "aten":
+            return by_aten()
+        if queries.weights is None:
+            skipped = (~queries.live).sum()
+            self._tally.zero = self._tally.zero + skipped
+            self._tally.skipped = self._tally.skipped + skipped
+            self._tally.flops = self._tally.flops + skipped * _flops(forward, 1)
+        return by_triton()
+
+    def _key(self, do: Tensor, forward: CudaFused, queries: Queries) -> tuple[object, ...]:
+        """What the time of a backward depends on."""
+        b, h, t, d = forward.shape
+        mask = None if forward.mask is None else (forward.mask.dtype, forward.mask.stride(-2) == 0)
+        return (
+            *("attention", do.device, do.dtype, forward.form, b, h, choice.bucket(t), d),
+            *(forward.k.shape[1], choice.bucket(forward.keys), forward.causal, mask),
+            *(queries.weights is None, round(16 * queries.share)),
+        )
+
+    def settle(self) -> tuple[int, int, int]:
+        """The tally since the last call, on the host."""
+        done, self._tally = self._tally, Tally()
+        return int(done.zero), int(done.skipped), int(done.flops)
+
+
+def _flops(forward: CudaFused, rows: int) -> int:
+    """Of the five products, over so many query rows in all heads."""
+    _, heads, _, features = forward.shape
+    return 10 * rows * heads * forward.keys * features
