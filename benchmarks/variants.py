@@ -7,8 +7,8 @@ reuse:R[/WORD...]     sparse_compile, Schedule(linear=Reuse(R)), for instance re
 sample:K[/WORD...]    sparse_compile, Schedule(linear=Sample(K)); WORD is clip=C, input or weight
 blocks-sample:K, …    the same for another field of the schedule; join several by +, for instance
                       blocks-sample:0.5+sample:0.25/weight
-prune:R[/WORD...]     Schedule(saved_activations=PruneSaved(R)); WORD is fp16, bf16 or int8, or plain (not
-                      centred); also joined by +
+prune:R[/WORD...]     Schedule(saved_activations=PruneSaved(R)); WORD is fp16, bf16 or int8, or plain (as
+                      published); also joined by +
 vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
