@@ -69,6 +69,9 @@ ours = torch.ops.sparse_compile
 
 _FEWEST_ROWS = 16  # of a group, for whose means a sixteenth of the entries may be spent
 SMALLEST = 1024  # entries; for less, an op costs more than the memory is worth
+# What is smaller than this part of the largest activation is saved whole, too: the one token a sample that a
+# head reads takes next to no memory, and the gradients of the head are large.
+_SMALL_SHARE = 100
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -89,8 +92,9 @@ def pack_saved(graph: Graph, *, method: PruneSaved, below: dict[Node, frozenset[
     Returns:
         A record of each tensor that is packed.
     """
-    packer = _Packer(graph, method, below)
     readers = [node for node in graph.nodes if g.is_backward(node)]
+    sizes = [g.numel(value) for reader in readers for value in _forward_values(reader) if value not in below]
+    packer = _Packer(graph, method, below, max(SMALLEST, max(sizes, default=0) // _SMALL_SHARE))
     for reader in readers:
         packer.look_at(reader)
     for reader in readers:
@@ -105,8 +109,11 @@ class _Packer:
         records: of what is packed so far.
     """
 
-    def __init__(self, graph: Graph, method: PruneSaved, below: dict[Node, frozenset[str]]) -> None:
+    def __init__(
+        self, graph: Graph, method: PruneSaved, below: dict[Node, frozenset[str]], smallest: int
+    ) -> None:
         self.records: list[SavedRecord] = []
+        self._smallest = smallest
         self._graph = graph
         self._method = method
         self._below = below
@@ -118,11 +125,14 @@ class _Packer:
 
     def look_at(self, reader: Node) -> None:
         """Note as what the sources of a reader's operands are read; of several kinds the first counts."""
+        fused = _is_fused_attention(reader)
         for value in _forward_values(reader):
-            kind = ATTENTION if _is_fused_attention(reader) else self._kind(reader, value)
+            kind = ATTENTION if fused else self._kind(reader, value)
             if kind is not None:
                 source = self._source(value)
                 self._kinds[source] = min(kind, self._kinds.get(source, kind), key=SAVED_KINDS.index)
+                if fused and not self._method.as_published:
+                    self._rounded.add(source)
 
     def rewrite(self, reader: Node) -> None:
         if _is_fused_attention(reader):
@@ -144,8 +154,6 @@ class _Packer:
         qkv: list[Any] = [value for value in forward.all_input_nodes if value in forward.args[:3]]
         if not all(value in reader.all_input_nodes and self._prunable(value) for value in qkv):
             return
-        if not self._method.as_published:
-            self._rounded.update(self._source(value) for value in qkv)
         pruned = {value: self._restore(value, reader) for value in qkv}
         with self._graph.inserting_before(reader):
             rerun = copy_node(self._graph, forward, pruned)
@@ -193,7 +201,7 @@ class _Packer:
             and value.meta["val"].dtype in (*_DTYPES, torch.bool)
             and value.meta["val"].device.type in _DEVICES
             and value.meta.get("recompute") not in _RECOMPUTED
-            and g.numel(value) >= SMALLEST
+            and g.numel(value) >= self._smallest
         )
 
     def _source(self, value: Node) -> Node:
