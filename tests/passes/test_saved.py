@@ -107,6 +107,16 @@ def test_statistics_of_a_norm_are_left_whole(norm, as_published, decomposed):
     assert sorted((record.kind, record.shape[-1]) for record in records) == expected
 
 
+@pytest.mark.parametrize(("tokens", "kinds"), [(99, ["linear input"] * 2), (101, ["linear input"])])
+def test_what_is_small_beside_the_largest_is_left_whole(tokens, kinds):
+    """What a head reads is one token a sample: little memory, and most of the gradient."""
+    x = torch.randn(64, tokens, 32, dtype=DOUBLE, requires_grad=True)
+    model = Model(lambda m, x: m.b(m.b(m.a(x))[:, 0].sin()), a=linear(), b=linear())
+    records, graph = packed(model, x)
+    assert [record.kind for record in records] == kinds
+    assert count(graph, ops.pack.default) == len(kinds)
+
+
 def test_an_activation_of_one_dimension_is_packed():
     """It has no rows, and so no means."""
     vector = torch.randn(2 * SMALLEST, dtype=DOUBLE, requires_grad=True)
