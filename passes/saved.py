@@ -48,7 +48,9 @@ from sparse_compile.passes.readers import (
     ACTIVATION,
     ATTENTION,
     COMPARISONS,
+    LINEAR,
     MASK,
+    NORM,
     OTHER,
     is_mask,
     is_statistic,
@@ -72,6 +74,7 @@ SMALLEST = 1024  # entries; for less, an op costs more than the memory is worth
 # What is smaller than this part of the largest activation is saved whole, too: the one token a sample that a
 # head reads takes next to no memory, and the gradients of the head are large.
 _SMALL_SHARE = 100
+_OF_TOKENS = (ACTIVATION, NORM, LINEAR)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -93,10 +96,10 @@ def pack_saved(graph: Graph, *, method: PruneSaved, below: dict[Node, frozenset[
         A record of each tensor that is packed.
     """
     readers = [node for node in graph.nodes if g.is_backward(node)]
-    sizes = [g.numel(value) for reader in readers for value in _forward_values(reader) if value not in below]
-    packer = _Packer(graph, method, below, max(SMALLEST, max(sizes, default=0) // _SMALL_SHARE))
+    packer = _Packer(graph, method, below)
     for reader in readers:
         packer.look_at(reader)
+    packer.leave_out_small()
     for reader in readers:
         packer.rewrite(reader)
     return packer.records
@@ -109,11 +112,9 @@ class _Packer:
         records: of what is packed so far.
     """
 
-    def __init__(
-        self, graph: Graph, method: PruneSaved, below: dict[Node, frozenset[str]], smallest: int
-    ) -> None:
+    def __init__(self, graph: Graph, method: PruneSaved, below: dict[Node, frozenset[str]]) -> None:
         self.records: list[SavedRecord] = []
-        self._smallest = smallest
+        self._smallest = SMALLEST
         self._graph = graph
         self._method = method
         self._below = below
@@ -133,6 +134,12 @@ class _Packer:
                 self._kinds[source] = min(kind, self._kinds.get(source, kind), key=SAVED_KINDS.index)
                 if fused and not self._method.as_published:
                     self._rounded.add(source)
+
+    def leave_out_small(self) -> None:
+        """Raise the least size to a share of the largest activation that was looked at. The logits are not
+        among those, nor are the probabilities of an attention: both can be a hundred times as wide."""
+        sizes = [g.numel(source) for source, kind in self._kinds.items() if kind in _OF_TOKENS]
+        self._smallest = max(SMALLEST, max(sizes, default=0) // _SMALL_SHARE)
 
     def rewrite(self, reader: Node) -> None:
         if _is_fused_attention(reader):

@@ -117,6 +117,14 @@ def test_what_is_small_beside_the_largest_is_left_whole(tokens, kinds):
     assert count(graph, ops.pack.default) == len(kinds)
 
 
+def test_logits_are_not_what_others_are_small_beside():
+    """They may be hundreds of times as wide as what the model works with, and are the loss's."""
+    head = nn.Linear(32, 200 * 32)
+    model = Model(lambda m, x: m.b(m.a(x)).log_softmax(-1), a=linear(), b=head)
+    records, _ = packed(model, x())
+    assert [record.kind for record in records] == ["linear input"]
+
+
 def test_an_activation_of_one_dimension_is_packed():
     """It has no rows, and so no means."""
     vector = torch.randn(2 * SMALLEST, dtype=DOUBLE, requires_grad=True)
