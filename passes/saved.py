@@ -137,8 +137,10 @@ class _Packer:
 
     def leave_out_small(self) -> None:
         """Raise the least size to a share of the largest activation that was looked at. The logits are not
-        among those, nor are the probabilities of an attention: both can be a hundred times as wide."""
-        sizes = [g.numel(source) for source, kind in self._kinds.items() if kind in _OF_TOKENS]
+        among those, nor are the probabilities of an attention: both can be a hundred times as wide. Nor are
+        parameters, which a linear reads like an activation."""
+        kinds = {source: kind for source, kind in self._kinds.items() if self._is_worth_it(source)}
+        sizes = [g.numel(source) for source, kind in kinds.items() if kind in _OF_TOKENS]
         self._smallest = max(SMALLEST, max(sizes, default=0) // _SMALL_SHARE)
 
     def rewrite(self, reader: Node) -> None:
