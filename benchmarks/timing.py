@@ -7,15 +7,16 @@ along: the speed-up measured for *it* is the noise.
 **Realised / ideal.** For each round,
 
     realised   time(dense step) − time(variant's step)
-    ideal      Σ over sites of t(site) · (1 − backward FLOPs executed / backward FLOPs dense)
+    ideal      Σ over sites of t(site) · FLOPs skipped / backward FLOPs dense
 
 t(site) is the time of that site's own dense backward, timed in the same round with the same threads: of a
 linear the products dX = dY·W and dW = dYᵀ·X at full size (those of the two that the site has), of an
 attention PyTorch's fused backward, or the products and softmax that a chain consists of. So the ideal is the
 time that the skipped FLOPs would have cost at the rate of the very products they belong to, with no cost for
 choosing, gathering or scattering rows; work a method adds (the products of a reused base) is in its executed
-FLOPs and is not skipped. 1.0 means that skipping cost nothing. A chain's masks and dropout are not in
-t(site), and are not done for skipped rows either: there it can come out above 1.
+FLOPs and is not skipped. FLOPs that a linear's forward skipped, since nothing needs its rows, count like
+those of its backward. 1.0 means that skipping cost nothing. A chain's masks and dropout are not in t(site),
+and are not done for skipped rows either: there it can come out above 1.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def shape_of(site: Site) -> Shape | None:
     fused op, which makes the scores again, and 4 of a chain."""
     if site["kind"] == "linear" and site["shape"]:
         return tuple(site["shape"])
-    if site["kind"] != "attention" or len(site["shape"]) != 4 or not site["flops_forward"]:
+    if site["kind"] != "attention" or len(site["shape"]) != 4 or not site["flops_forward_dense"]:
         return None
-    return *site["shape"], round(2 * backward_flops(site)[0] / site["flops_forward"])
+    return *site["shape"], round(2 * site["flops_backward_dense"] / site["flops_forward_dense"])
 
 
 def flops_of(shape: Shape) -> int:
@@ -96,30 +97,25 @@ def last_step(before: Sequence[Site], now: Sequence[Site], steps: int) -> list[S
             **site,
             **{
                 key: steps * site[key] - (steps - 1) * earlier[site["name"]][key]
-                for key in ("flops_forward", "flops_dense", "flops")
+                for key in site
+                if key.startswith("flops")
             },
         }
         for site in now
     ]
 
 
-def backward_flops(site: Site) -> tuple[float, float]:
-    """Backward FLOPs of a site: dense, and executed. The forward is dense in both."""
-    return site["flops_dense"] - site["flops_forward"], site["flops"] - site["flops_forward"]
-
-
 def ideal_saving(sites: Sequence[Site], seconds: Mapping[Shape, float]) -> float:
-    """Seconds that the skipped backward FLOPs would have cost (see the top of this file).
+    """Seconds that the skipped FLOPs would have cost (see the top of this file).
 
     `seconds[shape]` is the time of a whole dense backward; a linear with one of its products (a frozen
     weight, a first layer) or with several (a layer used twice) is charged in proportion.
     """
     total = 0.0
     for site in sites:
-        dense, executed = backward_flops(site)
         shape = shape_of(site)
         if shape is not None and site["rewritten"]:
-            total += seconds[shape] * (dense - executed) / flops_of(shape)
+            total += seconds[shape] * (site["flops_dense"] - site["flops"]) / flops_of(shape)
     return total
 
 
@@ -200,12 +196,15 @@ class Measurements:
         reports = self.sites[name]
         if not reports[0]:
             return {"merit": None}
-        pairs = [backward_flops(site) for sites in reports for site in sites]
+        names = ("flops_backward_dense", "flops_backward", "flops_forward_dense", "flops_forward")
+        sums = {key: sum(site[key] for sites in reports for site in sites) / len(reports) for key in names}
         merit: dict[str, Any] = {
             "sites": len(reports[-1]),
             "rewritten": sum(bool(site["rewritten"]) for site in reports[-1]),
-            "backward_flops_dense": sum(pair[0] for pair in pairs) / len(reports),
-            "backward_flops_executed": sum(pair[1] for pair in pairs) / len(reports),
+            "backward_flops_dense": sums["flops_backward_dense"],
+            "backward_flops_executed": sums["flops_backward"],
+            "forward_flops_dense": sums["flops_forward_dense"],
+            "forward_flops_executed": sums["flops_forward"],
         }
         base = self.seconds[dense]["step"]
         saved = [a - b for a, b in zip(base, self.seconds[name]["step"], strict=True)]

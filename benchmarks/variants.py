@@ -9,6 +9,7 @@ blocks-sample:K, …    the same for another field of the schedule; join several
                       blocks-sample:0.5+sample:0.25/weight
 prune:R[/WORD...]     Schedule(saved_activations=PruneSaved(R)); WORD is fp16, bf16 or int8, or plain (as
                       published); also joined by +
++whole-forward        with Schedule(skip_unneeded=False), for instance exact+whole-forward
 vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
@@ -31,10 +32,12 @@ OptimizerName = Literal["adamw", "sgd"]
 Kind = Literal["dense", "sparse", "eager", "eager-resprop"]
 PHASES = ("forward", "backward", "optimizer", "step")
 FIELDS = ("linear", "attention", "blocks")
+WHOLE_FORWARD = "whole-forward"
 ALLOWED = (
     "exact, [FIELD-]reuse:RATIO[/row|element|mean|sample|refresh=K],"
     " [FIELD-]sample:KEEP[/clip=C|input|weight]"
     f" (FIELD is {' or '.join(FIELDS)}; several joined by +), prune:RATIO[/fp16|bf16|int8|plain],"
+    f" +{WHOLE_FORWARD},"
     " vcas[/solve|freq=N|tau=T], eager, eager-resprop:RATIO"
 )
 
@@ -79,8 +82,6 @@ def parse_methods(text: str) -> list[Variant]:
 def _parse_variant(name: str) -> Variant:
     if name == "eager":
         return Variant(name=name, kind="eager")
-    if name == "exact":
-        return Variant(name=name, kind="sparse")
     if name.partition("/")[0] == "vcas":
         adaptive = {"method": "adaptive", **dict(_vcas_option(name, word) for word in name.split("/")[1:])}
         return Variant(name=name, kind="sparse", schedule={"blocks": adaptive, "linear": adaptive})
@@ -89,11 +90,14 @@ def _parse_variant(name: str) -> Variant:
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"methods: {name!r} has ratio {ratio}; allowed is 0 <= ratio < 1")
         return Variant(name=name, kind="eager-resprop", ratio=ratio)
-    return Variant(name=name, kind="sparse", schedule=dict(_parse_method(name, p) for p in name.split("+")))
+    parts = [part for part in name.split("+") if part != "exact"]
+    return Variant(name=name, kind="sparse", schedule=dict(_parse_method(name, part) for part in parts))
 
 
-def _parse_method(name: str, part: str) -> tuple[str, dict[str, Any]]:
+def _parse_method(name: str, part: str) -> tuple[str, Any]:
     """The field of the schedule that one part of a name sets, and the method for it."""
+    if part == WHOLE_FORWARD:
+        return "skip_unneeded", False
     method, _, rest = part.partition(":")
     fields = {f"{field}-{kind}": (field, kind) for field in FIELDS for kind in ("reuse", "sample")}
     fields |= {"reuse": ("linear", "reuse"), "sample": ("linear", "sample")}

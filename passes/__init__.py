@@ -18,6 +18,7 @@ import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.attention import rewrite_attentions
 from sparse_compile.passes.blocks import Block, mark_blocks, rewrite_blocks
+from sparse_compile.passes.forward import rewrite_forwards
 from sparse_compile.passes.hand_over import hand_over
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
@@ -39,6 +40,7 @@ def rewrite(
     saved: PruneSaved | None = None,
     handed_over: Collection[str] = (),
     dx_whole: bool = False,
+    skip_unneeded: bool = True,
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
@@ -50,6 +52,7 @@ def rewrite(
         saved: how to pack what is saved for backward; None leaves that to the partitioner.
         handed_over: names of the linears whose weight gradients go to the runtime (:func:`hand_over`).
         dx_whole: the schedule approximates no linear, and their dX are written whole (`passes/linear.py`).
+        skip_unneeded: rows of the forward that nothing needs are not computed either (`passes/needed.py`).
 
     Returns:
         A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
@@ -65,7 +68,7 @@ def rewrite(
     token = g.insert_begin(graph, inputs)
 
     ends = rewrite_blocks(graph, token, blocks)
-    ops = rewrite_linears(graph, token=token, below=below, records=records, dx_whole=dx_whole)
+    ops, backwards = rewrite_linears(graph, token=token, below=below, records=records, dx_whole=dx_whole)
     hand_over(graph, ops, chosen=handed_over, parameters=names, records=records)
     # After the linears: an attention without a fused op is made of the products that they left over.
     ops |= rewrite_attentions(graph, token=token, records=records)
@@ -75,6 +78,10 @@ def rewrite(
     record_leftovers(graph, below=below, called=linears, records=records)
 
     _tell_apart(ops, records)
+    # When nothing looks for the forward's products any more.
+    if skip_unneeded:
+        forwards = rewrite_forwards(graph, list(backwards), token=token, below=below)
+        ops |= {forward: ops[backwards[product]] for product, forward in forwards.items()}
     # After the linears, so that their inputs have one reader each; it makes no site.
     packed = pack_saved(graph, method=saved, below=below) if saved is not None else []
 

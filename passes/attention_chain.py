@@ -137,6 +137,24 @@ def match_chain(scores: Node, out: Node) -> Chain:
     return Chain(scores, out, dropped, probabilities if changed else None, do, gradients, scale, heads, first)
 
 
+def steps_to_softmax(scores: Node, out: Node) -> list[Node]:
+    """The nodes of the forward from the scores, which are not among them, to the softmax, last first.
+
+    Raises:
+        NoMatch: with the reason, if a step from one product to the other is not one that we know.
+    """
+    between = _below(scores)
+    node = g.operands(out)[0]
+    while _softmax_input(node) is None:
+        node, _ = _climb(node, between, scores, probabilities=True)
+    node = _softmax_input(node)  # type: ignore[assignment]
+    steps = []
+    while node is not scores:
+        steps.append(node)
+        node, _ = _climb(node, between, scores, probabilities=False)
+    return steps
+
+
 def _climb(node: Node, between: set[Node], scores: Node, *, probabilities: bool) -> tuple[Node, float]:
     """One step of the forward back towards the scores: the operand that comes from them, and by what the step
     multiplies it. ``probabilities`` says that this is after the softmax, where any factor will do."""

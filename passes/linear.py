@@ -75,7 +75,7 @@ def rewrite_linears(
     below: dict[Node, frozenset[str]],
     records: list[SiteRecord],
     dx_whole: bool = False,
-) -> dict[Node, SiteRecord]:
+) -> tuple[dict[Node, SiteRecord], dict[Node, Node]]:
     """Rewrite every linear of a joint graph and append a record of each product to ``records``.
 
     Args:
@@ -86,9 +86,11 @@ def rewrite_linears(
         dx_whole: let the ops of a CPU return dX itself.
 
     Returns:
-        The ops that were inserted, and the record of each. Their site numbers are not set yet.
+        The ops that were inserted, and the record of each; their site numbers are not set yet. And for each
+        forward product whose backward was rewritten that op.
     """
     ops: dict[Node, SiteRecord] = {}
+    rewritten: dict[Node, Node] = {}
     backward: dict[int, list[Node]] = {}
     for product in g.products(graph, backward=True):
         backward.setdefault(product.meta.get("seq_nr", -1), []).append(product)
@@ -105,10 +107,11 @@ def rewrite_linears(
             continue
         call = calls[name] = calls.get(name, -1) + 1
         records.append(_record(forward, candidates, below, name, rewritten=True, call=call))
-        ops[rewrite_linear(graph, match, token=token, dx_whole=dx_whole and _on_cpu(forward))] = records[-1]
+        op = rewrite_linear(graph, match, token=token, dx_whole=dx_whole and _on_cpu(forward))
+        ops[op], rewritten[forward] = records[-1], op
         # A product without a gradient carries the number of whatever ran before it with one.
         backward[seq_nr] = [product for product in candidates if product not in (match.dx, match.dw)]
-    return ops
+    return ops, rewritten
 
 
 def match_linear(forward: Node, candidates: list[Node], below: dict[Node, frozenset[str]]) -> LinearMatch:

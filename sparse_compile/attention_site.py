@@ -256,6 +256,7 @@ class AttentionSite(Site):
         self.counters.rows += self._rows
         self.counters.rows_zero += zero
         self.counters.rows_computed += computed
+        self.counters.flops_forward_dense += 2 * flops * self._rows
         self.counters.flops_forward += 2 * flops * self._rows
         self.counters.flops_backward_dense += products * flops * self._rows
         self.counters.flops_backward += products * flops * computed

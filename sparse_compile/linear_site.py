@@ -41,10 +41,28 @@ class LinearSite(Site):
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
+        self._unneeded: dict[Use, tuple[int, int]] = {}  # rows and FLOPs, until the backward counts them
         self._looks = Looks(_LONGEST_PAUSE)
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
         self.rotated: RotatedWeight | None = None
+
+    def linear_forward(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, *, use: Use = (0, 0)
+    ) -> kernel.DistinctRows:
+        """Y [N, O] of a linear, as its distinct rows; only those with ``needed``, bool [N], have to be right.
+
+        Args:
+            x: [N, I].
+            w: [O, I].
+            bias: [O], or None.
+            use: whose backward will count it.
+        """
+        rows = torch.arange(len(x)) if self.left_alone else needed.nonzero().squeeze(1)
+        found = kernel.forward(x, w, bias, rows)
+        skipped = 0 if found[1] is None else len(x) - len(rows)
+        self._unneeded[use] = (skipped, 2 * skipped * w.numel())
+        return found
 
     def linear_backward(
         self,
@@ -70,6 +88,7 @@ class LinearSite(Site):
             use: whose base it is.
             handed_over: give dW to ``rotated``, and return None for it.
         """
+        self._count_forward(*self._unneeded.pop(use, (0, 0)))
         operands = (dy.shape, x is None, w is None)
         without_method = phase is None or phase.linear is None or bool(self.held_back)
         if operands == self._nothing_to_ask and without_method and not self._looks.due():
@@ -254,6 +273,11 @@ class LinearSite(Site):
             seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
         telemetry.observe(self.name, self.method, seen)
 
+    def _count_forward(self, unneeded: int, flops: int) -> None:
+        """Take off the rows that the forward of this backward did not compute."""
+        self.counters.rows_unneeded += unneeded
+        self.counters.flops_forward -= flops
+
     def _count(self, zero: int, computed: list[int]) -> None:
         """Count a backward with so many zero rows, and so many rows computed in each of its products."""
         n, inputs, outputs = self.shape
@@ -261,6 +285,7 @@ class LinearSite(Site):
         self.counters.rows += n
         self.counters.rows_zero += zero
         self.counters.rows_computed += max(computed)
+        self.counters.flops_forward_dense += 2 * n * outputs * inputs
         self.counters.flops_forward += 2 * n * outputs * inputs
         self.counters.flops_backward_dense += 2 * n * outputs * inputs * len(computed)
         self.counters.flops_backward += 2 * sum(computed) * outputs * inputs

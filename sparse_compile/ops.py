@@ -15,6 +15,11 @@
     itself, and the index is empty. With ``handed_over`` dW goes to the site, and what is returned for it is
     empty.
 
+``linear_forward(token, x, w, bias, needed, site) -> (rows, index)``
+    the forward of a linear of which only some rows are needed: Y is ``rows[index]``, as dX is above. X
+    [N, I], W [O, I], bias [O] or None, needed bool [N]. In the place of the others Y holds one that is
+    needed; see ``passes/forward.py``.
+
 ``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
     Q, O [B, H, T, D], K, V [B, H, U, D], log-sum-exp [B, H, T]; see ``passes/attention.py``.
@@ -70,6 +75,11 @@ _library.define(
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
     " bool dw_transposed, bool handed_over=False, bool dx_whole=False) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
+)
+_library.define(
+    "linear_forward(Tensor token, Tensor x, Tensor w, Tensor? bias, Tensor needed, int site)"
+    " -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
@@ -136,6 +146,16 @@ def _linear_backward(
     if index is None:
         index = torch.arange(0 if dx_whole else len(rows), device=dy.device)
     return rows, index, dy.new_empty(0) if dw is None else dw
+
+
+@torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
+def _linear_forward(
+    token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
+) -> tuple[Tensor, Tensor]:
+    layer, use = runtime.site(token.tolist(), site) or (LinearSite("?"), (0, 0))
+    assert isinstance(layer, LinearSite)
+    rows, index = layer.linear_forward(x, w, bias, needed, use=use)
+    return rows, torch.arange(len(rows), device=x.device) if index is None else index
 
 
 @torch.library.impl(_library, "fused_attention_backward", "CompositeExplicitAutograd")
@@ -229,6 +249,13 @@ def _linear_backward_fake(
         return rows, index, dy.new_empty(0)
     shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
     return rows, index, dy.new_empty(shape)
+
+
+@torch.library.register_fake("sparse_compile::linear_forward")
+def _linear_forward_fake(
+    token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("sparse_compile::fused_attention_backward")

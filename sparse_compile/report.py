@@ -42,7 +42,9 @@ class SiteReport:
         rows: rows of dY in all backwards so far; of an attention, queries of a sample.
         rows_skipped: how many of those were zero and skipped exactly.
         rows_computed: how many took part in the products, with rows of the base and rows that fill up.
-        flops_forward, flops_backward_dense, flops_backward: forward; backward if dense; backward as run.
+        rows_unneeded: how many rows of the output were not computed in the forward, since nothing needs them.
+        flops_forward_dense, flops_forward: forward if dense; forward as run.
+        flops_backward_dense, flops_backward: backward if dense; backward as run.
         flops_dense, flops: forward and backward, dense and as run.
     """
 
@@ -59,13 +61,15 @@ class SiteReport:
     rows: int = 0
     rows_skipped: int = 0
     rows_computed: int = 0
+    rows_unneeded: int = 0
+    flops_forward_dense: float = 0.0
     flops_forward: float = 0.0
     flops_backward_dense: float = 0.0
     flops_backward: float = 0.0
 
     @property
     def flops_dense(self) -> float:
-        return self.flops_forward + self.flops_backward_dense
+        return self.flops_forward_dense + self.flops_backward_dense
 
     @property
     def flops(self) -> float:
@@ -119,7 +123,10 @@ class Report:
     @property
     def totals(self) -> dict[str, float]:
         """Sums over the sites, and ``flops_saved``, the share of ``flops_dense`` that was not computed."""
-        names = ("flops_forward", "flops_backward_dense", "flops_backward", "flops_dense", "flops")
+        names = (
+            *("flops_forward_dense", "flops_forward", "flops_backward_dense", "flops_backward"),
+            *("flops_dense", "flops"),
+        )
         totals: dict[str, float] = {name: sum(getattr(site, name) for site in self.sites) for name in names}
         totals["flops_saved"] = 1 - totals["flops"] / totals["flops_dense"] if totals["flops_dense"] else 0.0
         totals["sites"] = len(self.sites)
@@ -142,7 +149,7 @@ class Report:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("site", "kind", "shape", "method"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("keep", "zero rows", "backward GFLOP", "as run"):
+        for heading in ("keep", "unneeded", "zero rows", "backward GFLOP", "as run"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("note")
         for site in self.sites:
@@ -163,7 +170,8 @@ class Report:
         return (
             f"step {self.step}: {totals['rewritten']} of {totals['sites']} sites rewritten; "
             f"{totals['flops'] / 1e9:.3f} of {totals['flops_dense'] / 1e9:.3f} GFLOP a step "
-            f"({totals['flops_saved']:.0%} saved; backward "
+            f"({totals['flops_saved']:.0%} saved; forward "
+            f"{totals['flops_forward'] / 1e9:.3f} of {totals['flops_forward_dense'] / 1e9:.3f}, backward "
             f"{totals['flops_backward'] / 1e9:.3f} of {totals['flops_backward_dense'] / 1e9:.3f}){last}"
         )
 
@@ -177,6 +185,7 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
             filter(None, (site.method, site.kernel, f"dW {site.density:.2%}" if site.density < 1 else ""))
         ),
         f"{site.keep:.2f}",
+        f"{site.rows_unneeded / site.rows:.0%}" if site.rows else "",
         f"{site.rows_skipped / site.rows:.0%}" if site.rows else "",
         f"{site.flops_backward_dense / 1e9:.3f}",
         f"{site.flops_backward / 1e9:.3f}",
@@ -259,6 +268,7 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
             keep=1.0,
             rewritten=bool(rewritten),
             reason="; ".join(dict.fromkeys(r.reason for r in records if r.reason)),
+            flops_forward_dense=forward,
             flops_forward=forward,
             flops_backward_dense=backward,
             flops_backward=backward,
@@ -279,6 +289,8 @@ def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtim
         rows=done.rows,
         rows_skipped=done.rows_zero,
         rows_computed=done.rows_computed,
+        rows_unneeded=done.rows_unneeded,
+        flops_forward_dense=done.flops_forward_dense / runs if runs else forward,
         flops_forward=done.flops_forward / runs if runs else forward,
         flops_backward_dense=done.flops_backward_dense / runs if runs else backward,
         flops_backward=done.flops_backward / runs if runs else backward,

@@ -255,6 +255,11 @@ class Runtime:
             self.clock.backward_began()
         return graph.sites[number], (graph.records[number].call, token[2]), self.clock.phase
 
+    def site(self, token: Token, number: int) -> tuple[Site, Use]:
+        """The site with this number in the graph that the token names, for an op of the forward."""
+        graph = self._graphs[token[1]]
+        return graph.sites[number], (graph.records[number].call, token[2])
+
     def state_dict(self) -> dict[str, Any]:
         sites = {name: site.state_dict() for name, site in self.sites.items()}
         return {
@@ -285,6 +290,12 @@ def begin(manifest: str) -> Token:
         return NO_TOKEN
     runtime, owner = running
     return runtime.open(manifest, owner)
+
+
+def site(token: Sequence[int], number: int) -> tuple[Site, Use] | None:
+    """Called by the ops of the forward; None if there is no backend."""
+    runtime = _runtimes.get(token[0])
+    return None if runtime is None else runtime.site((token[0], token[1], token[2]), number)
 
 
 def find(token: Sequence[int], number: int) -> tuple[Site, Use, Phase] | None:

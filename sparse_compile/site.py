@@ -15,12 +15,15 @@ from sparse_compile.telemetry import Telemetry
 
 @dataclasses.dataclass(slots=True)
 class Counters:
-    """Sums over all backwards of a site; rows are rows of the output gradient."""
+    """Sums over all backwards of a site; rows are rows of the output gradient, and those ``rows_unneeded`` of
+    the output that were not computed."""
 
     backwards: int = 0
     rows: int = 0
     rows_zero: int = 0
     rows_computed: int = 0
+    rows_unneeded: int = 0
+    flops_forward_dense: int = 0
     flops_forward: int = 0
     flops_backward_dense: int = 0
     flops_backward: int = 0

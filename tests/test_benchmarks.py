@@ -137,7 +137,10 @@ def site(
         "kind": "linear",
         "shape": [10, 20, 30],
         "rewritten": rewritten,
+        "flops_forward_dense": forward,
         "flops_forward": forward,
+        "flops_backward_dense": products * forward,
+        "flops_backward": products * forward * kept,
         "flops_dense": forward + products * forward,
         "flops": forward + products * forward * kept,
         **other,
@@ -176,7 +179,8 @@ def test_ideal_saving_of_an_attention_is_the_skipped_share_of_its_own_backward(p
     shape = (2, 3, 8, 4, products)
     forward = 4 * 2 * 3 * 8 * 8 * 4
     attention = {"name": "att", "kind": "attention", "shape": [2, 3, 8, 4], "rewritten": True}
-    attention |= {"flops_forward": forward, "flops_dense": forward + products * forward / 2}
+    attention |= {"flops_forward_dense": forward, "flops_backward_dense": products * forward / 2}
+    attention |= {"flops_dense": forward + products * forward / 2}
     attention |= {"flops": forward + products * forward / 2 * 0.25}
     assert timing.shape_of(attention) == shape
     assert timing.ideal_saving([attention], {shape: 8.0}) == pytest.approx(6.0)

@@ -22,6 +22,24 @@ DistinctRows = tuple[Tensor, Tensor | None]
 DENSE_SHARE = 0.9
 
 
+def forward(x: Tensor, w: Tensor, bias: Tensor | None, kept: Tensor) -> DistinctRows:
+    """Y = X · Wᵀ + b of the rows ``kept``, int64 [k]. All others are the first of these, which they may as
+    well be: that is as finite, and as far from zero, as what is needed."""
+    n, k = len(x), len(kept)
+    if k > DENSE_SHARE * n:
+        return torch.nn.functional.linear(x, w, bias), None
+    rows = x.new_empty(n, w.shape[0])
+    if k == 0:
+        rows[:1] = 0
+    elif bias is None:
+        torch.mm(x.index_select(0, kept), w.t(), out=rows[:k])
+    else:
+        torch.addmm(bias, x.index_select(0, kept), w.t(), out=rows[:k])
+    index = torch.zeros(n, dtype=torch.int64, device=x.device)
+    index[kept] = torch.arange(k, device=x.device)
+    return rows, index
+
+
 def backward(
     dy: Tensor,
     x: Tensor | None,

@@ -1,0 +1,65 @@
+"""Put an op of ours in the place of a linear's forward where not all rows of its result are needed.
+
+    forward    y = addmm(b, X, t(W))
+
+becomes, with ``needed`` bool [N] from ``passes/needed.py``,
+
+    forward    rows, index = sparse_compile.linear_forward(token, X, W, b, needed, site)
+               y = rows[index]
+
+The gather is left to the graph, as it is for dX (``passes/linear.py``): a compiler fuses it with what reads
+y.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from sparse_compile.passes import graph as g
+from sparse_compile.passes.linear import NO_SITE
+from sparse_compile.passes.masks import Masks
+from sparse_compile.passes.needed import rows_needed
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+
+def rewrite_forwards(
+    graph: Graph, linears: list[Node], *, token: Node, below: dict[Node, frozenset[str]]
+) -> dict[Node, Node]:
+    """Rewrite the forward products of linears, as far as rows of them are not needed.
+
+    Args:
+        graph: the joint graph, changed in place.
+        linears: the forward products whose backward is rewritten.
+        token: the graph's ``begin`` node.
+        below: :func:`passes.graph.parameters_below`.
+
+    Returns:
+        The op in the place of each product. Their site numbers are not set yet.
+    """
+    # On other devices the number of rows would have to be waited for.
+    products = [each for each in linears if each.meta["val"].device.type == "cpu" and not each.kwargs]
+    if not products:
+        return {}
+    masks = Masks(graph, after=token, below=below)
+    needed = rows_needed(graph, products, masks, below)
+    ops = {product: _rewrite(graph, product, mask, token) for product, mask in needed.items()}
+    masks.erase_unused()
+    return ops
+
+
+def _rewrite(graph: Graph, product: Node, needed: Node, token: Node) -> Node:
+    x, weight = g.operands(product)
+    bias = product.args[0] if product.target is aten.addmm.default else None
+    with graph.inserting_before(product):
+        root, transposed = g.strip_transposes(weight)
+        w = root if transposed else g.call(graph, aten.permute.default, root, [1, 0], like=product)
+        op = torch.ops.sparse_compile.linear_forward.default
+        found = g.call(graph, op, token, x, w, bias, needed, NO_SITE, like=product)
+        rows, index = (g.call(graph, operator.getitem, found, i, like=product) for i in range(2))
+        y = g.call(graph, aten._unsafe_index.Tensor, rows, [index], like=product)
+    product.replace_all_uses_with(y)
+    graph.erase_node(product)
+    return found

@@ -1,0 +1,435 @@
+"""Which rows of a forward are left out. The truth is asked of eager autograd: a row of a linear's output that
+nothing depends on has a gradient that is exactly zero, and in float64 no other has."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+from tracing import DOUBLE, Model, Tracer
+from transformers.pytorch_utils import Conv1D
+from zoo import VOCABULARY
+
+from sparse_compile.kernels import linear as kernel
+from sparse_compile.linear_site import LinearSite
+
+ops = torch.ops.sparse_compile
+INDUCTORS = functools.cache(lambda: torch._inductor.decomposition.select_decomp_table())
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LENGTHS = (9, 3, 4, 6)  # a token that sees itself alone has no gradient through its scores
+T = 12
+
+
+class OnlyLoss(nn.Module):
+    """A model of which nothing but its loss is returned, as most training loops use it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.train().double()
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.model(**inputs).loss
+
+
+def bert(kind: str, attention: str, dropout: float) -> nn.Module:
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = hf.BertConfig(**SIZES, **rates, num_labels=3, attn_implementation=attention)  # type: ignore
+    config.problem_type = "single_label_classification" if kind == "SequenceClassification" else None
+    return OnlyLoss(getattr(hf, f"Bert{kind}" if kind == "Model" else f"BertFor{kind}")(config))
+
+
+def decoder(family: str, kind: str) -> nn.Module:
+    if family == "GPT2":
+        sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        config = hf.GPT2Config(**sizes, **rates, pad_token_id=0, num_labels=3)
+    else:
+        config = getattr(hf, f"{family}Config")(**SIZES, num_key_value_heads=2, num_labels=3)
+    config.use_cache = False
+    config.problem_type = "single_label_classification" if kind == "ForSequenceClassification" else None
+    model = getattr(
+        hf, family + {"ForCausalLM": "LMHeadModel"}.get(kind, kind) if family == "GPT2" else family + kind
+    )
+    model = model(config)
+    model.loss_type = kind
+    return OnlyLoss(model)
+
+
+def t5() -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = hf.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.0, use_cache=False)
+    return OnlyLoss(hf.T5ForConditionalGeneration(config))
+
+
+class MeanOfTokens(nn.Module):
+    """A sentence encoder: the mean over the tokens that are none of padding, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = hf.BertModel(hf.BertConfig(**SIZES, **NO_DROPOUT), add_pooling_layer=False)
+        self.head = nn.Linear(32, 3)
+        self.train().double()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        shown = attention_mask.unsqueeze(-1).expand(hidden.size()).to(hidden.dtype)
+        mean = (hidden * shown).sum(1) / shown.sum(1).clamp(min=1e-9)
+        return F.cross_entropy(self.head(mean), labels)
+
+
+def tokens(*, left: bool = False) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    mask = torch.zeros(len(LENGTHS), T, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        mask[row, slice(T - length, T) if left else slice(length)] = 1
+    return torch.randint(3, VOCABULARY, mask.shape) * mask, mask
+
+
+def classes(**side: bool) -> dict[str, Tensor]:
+    ids, mask = tokens(**side)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
+
+
+def labelled(**side: bool) -> dict[str, Tensor]:
+    ids, mask = tokens(**side)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids % 3, -100)}
+
+
+def padded_left() -> dict[str, Tensor]:
+    inputs = labelled(left=True)
+    inputs["labels"][torch.arange(len(LENGTHS)), T - torch.tensor(LENGTHS)] = -100
+    return inputs
+
+
+def some_labelled() -> dict[str, Tensor]:
+    """A prompt without a loss before each answer."""
+    inputs = labelled()
+    inputs["labels"][:, :2] = -100
+    return inputs
+
+
+def translation() -> dict[str, Tensor]:
+    ids, mask = tokens()
+    labels = torch.randint(3, VOCABULARY, (len(LENGTHS), 5))
+    labels[1:, 3:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
+    "first token": (lambda: bert("SequenceClassification", "sdpa", 0.0), classes),
+    "first token, dropout": (lambda: bert("SequenceClassification", "sdpa", 0.1), classes),
+    "first token, eager": (lambda: bert("SequenceClassification", "eager", 0.1), classes),
+    "every token": (lambda: bert("TokenClassification", "sdpa", 0.0), labelled),
+    "some tokens": (lambda: bert("MaskedLM", "sdpa", 0.0), some_labelled),
+    "mean of tokens": (MeanOfTokens, classes),
+    "last token, gpt2": (lambda: decoder("GPT2", "ForSequenceClassification"), classes),
+    "last token, llama": (lambda: decoder("Llama", "ForSequenceClassification"), classes),
+    "last token, qwen2": (lambda: decoder("Qwen2", "ForSequenceClassification"), classes),
+    "next token": (lambda: decoder("Llama", "ForCausalLM"), labelled),
+    "next token, padded left": (lambda: decoder("Llama", "ForCausalLM"), padded_left),
+    "next token, gpt2": (lambda: decoder("GPT2", "ForCausalLM"), some_labelled),
+    "two sequences": (t5, translation),
+}
+
+
+def rows_with_gradient(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """By linear, in the order of its calls, which rows of its output have a gradient."""
+    found: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, module: nn.Module, x: Any, y: Tensor) -> None:
+        found.setdefault(name, []).append(torch.zeros(y[..., 0].numel(), dtype=torch.bool))
+        flags = found[name][-1]
+
+        def note(dy: Tensor) -> None:
+            flags.copy_(dy.flatten(0, -2).ne(0).any(1))
+
+        y.register_hook(note)
+
+    handles = [
+        module.register_forward_hook(functools.partial(watch, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    torch.manual_seed(2)
+    model(**inputs).backward()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def rows_computed(
+    model: nn.Module,
+    inputs: dict[str, Tensor] | list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    decomposed: bool,
+) -> dict[str, list[Tensor]]:
+    """The same as the passes have it; a linear whose forward is left as it is, is not in it."""
+    masks: list[Tensor] = []
+    forward = LinearSite.linear_forward
+
+    def watch(self: LinearSite, x: Tensor, w: Tensor, bias: Any, needed: Tensor, **options: Any) -> Any:
+        masks.append(needed)
+        return forward(self, x, w, bias, needed, **options)
+
+    monkeypatch.setattr(LinearSite, "linear_forward", watch)
+    tracer = Tracer(INDUCTORS() if decomposed else None)
+    torch.manual_seed(2)
+    compiled = torch.compile(model, backend=tracer, fullgraph=True)
+    (compiled(**inputs) if isinstance(inputs, dict) else compiled(*inputs)).backward()
+    graph, records = tracer.trace.graph, tracer.trace.records
+    names = [
+        records[node.args[5]].name
+        for node in graph.find_nodes(op="call_function", target=ops.linear_forward.default, sort=True)
+    ]
+    assert len(names) == len(masks)
+    found: dict[str, list[Tensor]] = {}
+    for name, mask in zip(names, masks, strict=True):
+        found.setdefault(name, []).append(mask)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+# The queries of a causal attention: the first token sees itself alone, and whatever its query, that gets all.
+CAUSAL_QUERIES = re.compile(r"(self_attn\.q_proj|decoder\..*SelfAttention\.q)$")
+
+
+def first_tokens(inputs: dict[str, Tensor], rows: int) -> Tensor:
+    """Which of the rows of a linear belong to the first token of a sample."""
+    length = rows // len(LENGTHS)
+    first = inputs["attention_mask"].argmax(1) if length == T else torch.zeros(len(LENGTHS), dtype=torch.long)
+    return F.one_hot(first, length).bool().flatten()
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["as traced", "decomposed"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_rows_computed_are_those_with_a_gradient(case, decomposed, monkeypatch):
+    build, batch = CASES[case]
+    model = build()
+    truth = rows_with_gradient(model, batch())
+    found = rows_computed(model, batch(), monkeypatch, decomposed)
+    skipped = 0
+    for name, flags in truth.items():
+        # A linear of which all rows are needed has an op only where that depends on the batch.
+        for mask, wanted in zip(
+            found.get(name, [torch.ones_like(flag) for flag in flags]), flags, strict=True
+        ):
+            if CAUSAL_QUERIES.search(name):
+                wanted = wanted | (mask & first_tokens(batch(), len(mask)))
+            assert mask.tolist() == wanted.tolist(), name
+            skipped += int((~mask).sum())
+    assert skipped > 0
+
+
+def test_a_query_all_of_whose_keys_are_masked_sees_them_all(monkeypatch):
+    """The token of padding before a sequence that is padded on the left: it predicts the first real one."""
+    model, batch = decoder("Llama", "ForCausalLM"), functools.partial(labelled, left=True)
+    truth = rows_with_gradient(model, batch())
+    for name, (mask,) in rows_computed(model, batch(), monkeypatch, decomposed=False).items():
+        (wanted,) = truth[name]
+        assert (mask | ~wanted).all(), name
+        assert mask[:T].all() == ("layers.0" in name or "k_proj" in name or "v_proj" in name), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_in_the_other_rows_does_not_matter(case, monkeypatch):
+    """Loss and gradients are eager's, with rows of large random numbers in the place of the copies."""
+    build, batch = CASES[case]
+    model = build()
+    if "dropout" in case or "eager" in case:
+        monkeypatch.setattr(F, "dropout", lambda x, *_, **__: x * 0.5)  # eager draws otherwise
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+    truth = gradients(model, model, batch())
+    forward = kernel.forward
+
+    def poisoned(x: Tensor, w: Tensor, bias: Tensor | None, kept: Tensor) -> kernel.DistinctRows:
+        rows, index = forward(x, w, bias, kept)
+        assert index is not None or len(kept) > kernel.DENSE_SHARE * len(x)
+        if index is None:
+            index = torch.arange(len(x))
+        written = torch.cat([rows[index], 100 * torch.randn_like(rows)])
+        return written, torch.arange(len(x)).add(len(x)).index_copy(0, kept, kept)
+
+    monkeypatch.setattr(kernel, "forward", poisoned)
+    compiled = torch.compile(model, backend=Tracer(), fullgraph=True)
+    found = gradients(model, compiled, batch())
+    assert found.keys() == truth.keys()
+    for name, gradient in truth.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def gradients(model: nn.Module, run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(2)
+    loss = run(**inputs)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "loss": loss.detach()}
+
+
+def count(model: nn.Module, *inputs: Tensor) -> int:
+    """How many linears of a model have a forward that leaves rows out."""
+    tracer = Tracer()
+    torch.compile(model, backend=tracer, fullgraph=True)(*inputs).sum().backward()
+    return len(tracer.trace.graph.find_nodes(op="call_function", target=ops.linear_forward.default))
+
+
+def x() -> Tensor:
+    return torch.randn(3, 8, 32, dtype=DOUBLE, requires_grad=True)
+
+
+def shown() -> Tensor:
+    return torch.arange(24).view(3, 8) % 5 > 1
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, with a gradient that reads a product of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(h.flatten(0, 1).t() @ h.flatten(0, 1))
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> Tensor:  # type: ignore[override]
+        (product,) = ctx.saved_tensors
+        return dh * product.sum()
+
+
+def layer() -> nn.Linear:
+    return nn.Linear(32, 32)
+
+
+def hidden(shown: Tensor, value: float) -> Tensor:
+    """What to add to scores [B, T, T]."""
+    return torch.where(shown, 0.0, torch.tensor(value, dtype=DOUBLE)).unsqueeze(1)
+
+
+def attend(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
+    q = m.a(h)
+    return m.b(((q @ q.mT + bias).softmax(-1) @ q)[:, 0])
+
+
+RULES: dict[str, tuple[int, Callable[..., Tensor]]] = {
+    "a mask": (1, lambda m, x, s: m.a(x) * s.unsqueeze(-1)),
+    "a mask of numbers": (1, lambda m, x, s: m.a(x) * s.unsqueeze(-1).double()),
+    "where": (1, lambda m, x, s: torch.where(s.unsqueeze(-1), m.a(x), 0)),
+    "where not": (1, lambda m, x, s: torch.where(s.unsqueeze(-1), 0, m.a(x))),
+    "filled": (1, lambda m, x, s: m.a(x).masked_fill(s.unsqueeze(-1), 0)),
+    "one token": (1, lambda m, x, s: m.a(x)[:, -1]),
+    "some tokens": (1, lambda m, x, s: m.a(x)[:, 2:5]),
+    "by index": (1, lambda m, x, s: m.a(x)[torch.arange(3), s.long().argmax(1)]),
+    "in two layers": (2, lambda m, x, s: m.b(m.a(x).relu())[:, 0]),
+    "halves put together": (2, lambda m, x, s: torch.cat([m.a(x), m.b(x)], -1)[:, 0]),
+    "split": (1, lambda m, x, s: m.a(x).split(16, -1)[1][:, 0]),
+    "unbound": (1, lambda m, x, s: m.a(x).unflatten(-1, (2, 16)).unbind(2)[1][:, 0]),
+    "a norm": (1, lambda m, x, s: F.layer_norm(m.a(x), [32])[:, 0]),
+    "the mean of each row": (1, lambda m, x, s: m.a(x).mean(-1)[:, 0]),
+    "turned about": (1, lambda m, x, s: m.a(x).transpose(0, 1).unsqueeze(0).squeeze(0)[0]),
+    "attention": (1, lambda m, x, s: attend(m, x, hidden(s, -torch.inf))),
+    "attention, the least number": (1, lambda m, x, s: attend(m, x, hidden(s, torch.finfo(DOUBLE).min))),
+    # Near misses: everything is needed, or may be.
+    "everything": (0, lambda m, x, s: m.a(x)),
+    "everything, beside": (0, lambda m, x, s: torch.cat([(y := m.a(x))[:, :1], y], 1)),
+    "a mean over tokens": (0, lambda m, x, s: m.a(x).mean(1)),
+    "a factor that is no mask": (0, lambda m, x, s: m.a(x) * s.double().cumsum(1).unsqueeze(-1)),
+    "a mask that is learned": (0, lambda m, x, s: m.a(x) * (m.b(x)[..., :1] > 0)),
+    "a mask of features": (0, lambda m, x, s: m.a(x) * s[:1].repeat(1, 4)),
+    "a sum over tokens before": (0, lambda m, x, s: m.a(x).cumsum(1)[:, 0]),
+    "rolled": (0, lambda m, x, s: m.a(x).roll(1, 1)[:, 0]),
+    "turned round": (0, lambda m, x, s: m.a(x).flip(1)[:, 0]),
+    "what a gradient reads": (0, lambda m, x, s: Doubled.apply(m.a(x))[:, 0]),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules(case, monkeypatch):
+    """How many linears leave rows out; and loss and gradients are eager's, whatever is in those rows."""
+    linears, forward = RULES[case]
+    model = Model(lambda m, x, s: forward(m, x, s), a=layer(), b=layer())
+    assert count(model, x(), shown()) == linears
+    inputs, weights = x(), None
+    found = []
+    for run in (model, torch.compile(model, backend=Tracer(), fullgraph=True)):
+        out = run(inputs, shown())
+        weights = torch.randn_like(out) if weights is None else weights
+        parameters = [inputs, *model.parameters()]
+        found.append(torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True))
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-12)
+
+
+def test_a_mask_of_any_large_number_hides_nothing(monkeypatch):
+    """With -10,000 added, a score may still be the largest of its row."""
+    model = Model(lambda m, x, s: attend(m, x, hidden(s, -1e4)).sum(), a=layer(), b=layer())
+    masks = rows_computed(model, [x(), shown()], monkeypatch, decomposed=False)
+    assert all(mask.all() for each in masks.values() for mask in each)
+
+
+def test_what_is_needed_under_dynamic_shapes(monkeypatch):
+    """One graph serves several lengths and numbers of samples. (Two: Dynamo traces the second time anew.)"""
+    model = MeanOfTokens()
+    tracer = Tracer()
+    compiled = torch.compile(model, backend=tracer, fullgraph=True, dynamic=True)
+    for samples, length in ((4, 12), (3, 9), (2, 11)):
+        inputs = {k: v[:samples, :length] if v.dim() == 2 else v[:samples] for k, v in classes().items()}
+        inputs = {name: value.contiguous() for name, value in inputs.items()}
+        truth, found = (gradients(model, run, inputs) for run in (model, compiled))
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+    assert len(tracer.traces) == 2
+    for trace in tracer.traces:
+        assert len(trace.graph.find_nodes(op="call_function", target=ops.linear_forward.default)) == 13
+
+
+def test_masks_that_nothing_reads_are_not_left_behind():
+    tracer = Tracer()
+    model = bert("SequenceClassification", "sdpa", 0.0)
+    torch.compile(model, backend=tracer, fullgraph=True)(**classes()).backward()
+    unread = [
+        n
+        for n in tracer.trace.graph.nodes
+        if n.meta.get("val") is not None and not n.users and n.op != "output"
+    ]
+    assert [
+        n for n in unread if isinstance(n.meta["val"], Tensor) and n.meta["val"].dtype == torch.bool
+    ] == []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept", [[], [4], [1, 2, 5], list(range(10))])
+def test_forward_of_rows(kept, bias):
+    x, w, b = torch.randn(10, 6), torch.randn(4, 6), torch.randn(4) if bias else None
+    rows, index = kernel.forward(x, w, b, torch.tensor(kept, dtype=torch.int64))
+    y = rows if index is None else rows[index]
+    truth = F.linear(x, w, b)
+    torch.testing.assert_close(y[kept], truth[kept])
+    others = [i for i in range(10) if i not in kept]
+    assert (index is None) == (others == [])
+    expected = truth[kept[0]] if kept else torch.zeros(4)
+    torch.testing.assert_close(y[others], expected.expand(len(others), 4))
