@@ -4,16 +4,10 @@
 
 becomes, with ``needed`` bool [N] from ``passes/needed.py``,
 
-    forward    rows, index = sparse_compile.linear_forward(token, X, W, b, needed, site)
-               y = rows[index]
-
-The gather is left to the graph, as it is for dX (``passes/linear.py``): a compiler fuses it with what reads
-y.
+    forward    y = sparse_compile.linear_forward(token, X, W, b, needed, site)
 """
 
 from __future__ import annotations
-
-import operator
 
 import torch
 from sparse_compile.passes import graph as g
@@ -57,9 +51,7 @@ def _rewrite(graph: Graph, product: Node, needed: Node, token: Node) -> Node:
         root, transposed = g.strip_transposes(weight)
         w = root if transposed else g.call(graph, aten.permute.default, root, [1, 0], like=product)
         op = torch.ops.sparse_compile.linear_forward.default
-        found = g.call(graph, op, token, x, w, bias, needed, NO_SITE, like=product)
-        rows, index = (g.call(graph, operator.getitem, found, i, like=product) for i in range(2))
-        y = g.call(graph, aten._unsafe_index.Tensor, rows, [index], like=product)
+        y = g.call(graph, op, token, x, w, bias, needed, NO_SITE, like=product)
     product.replace_all_uses_with(y)
     graph.erase_node(product)
-    return found
+    return y

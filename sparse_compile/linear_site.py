@@ -49,8 +49,8 @@ class LinearSite(Site):
 
     def linear_forward(
         self, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, *, use: Use = (0, 0)
-    ) -> kernel.DistinctRows:
-        """Y [N, O] of a linear, as its distinct rows; only those with ``needed``, bool [N], have to be right.
+    ) -> Tensor:
+        """Y [N, O] of a linear; only the rows with ``needed``, bool [N], have to be right.
 
         Args:
             x: [N, I].
@@ -58,11 +58,13 @@ class LinearSite(Site):
             bias: [O], or None.
             use: whose backward will count it.
         """
-        rows = torch.arange(len(x)) if self.left_alone else needed.nonzero().squeeze(1)
-        found = kernel.forward(x, w, bias, rows)
-        skipped = 0 if found[1] is None else len(x) - len(rows)
+        rows = None if self.left_alone else needed.nonzero().squeeze(1)
+        if rows is None or len(rows) > kernel.DENSE_SHARE * len(x):
+            self._unneeded[use] = (0, 0)
+            return torch.nn.functional.linear(x, w, bias)
+        skipped = len(x) - len(rows)
         self._unneeded[use] = (skipped, 2 * skipped * w.numel())
-        return found
+        return kernel.forward(x, w, bias, rows)
 
     def linear_backward(
         self,

@@ -15,10 +15,9 @@
     itself, and the index is empty. With ``handed_over`` dW goes to the site, and what is returned for it is
     empty.
 
-``linear_forward(token, x, w, bias, needed, site) -> (rows, index)``
-    the forward of a linear of which only some rows are needed: Y is ``rows[index]``, as dX is above. X
-    [N, I], W [O, I], bias [O] or None, needed bool [N]. In the place of the others Y holds one that is
-    needed; see ``passes/forward.py``.
+``linear_forward(token, x, w, bias, needed, site) -> y``
+    the forward of a linear, Y [N, O], of which only some rows are needed. X [N, I], W [O, I], bias [O] or
+    None, needed bool [N]. In the place of the others Y holds one that is needed; see ``passes/forward.py``.
 
 ``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
@@ -78,8 +77,7 @@ _library.define(
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
-    "linear_forward(Tensor token, Tensor x, Tensor w, Tensor? bias, Tensor needed, int site)"
-    " -> (Tensor, Tensor)",
+    "linear_forward(Tensor token, Tensor x, Tensor w, Tensor? bias, Tensor needed, int site) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
@@ -151,11 +149,10 @@ def _linear_backward(
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
 def _linear_forward(
     token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     layer, use = runtime.site(token.tolist(), site) or (LinearSite("?"), (0, 0))
     assert isinstance(layer, LinearSite)
-    rows, index = layer.linear_forward(x, w, bias, needed, use=use)
-    return rows, torch.arange(len(rows), device=x.device) if index is None else index
+    return layer.linear_forward(x, w, bias, needed, use=use)
 
 
 @torch.library.impl(_library, "fused_attention_backward", "CompositeExplicitAutograd")
@@ -254,8 +251,8 @@ def _linear_backward_fake(
 @torch.library.register_fake("sparse_compile::linear_forward")
 def _linear_forward_fake(
     token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], dtype=torch.int64)
+) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
 
 
 @torch.library.register_fake("sparse_compile::fused_attention_backward")

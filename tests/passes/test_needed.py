@@ -268,13 +268,9 @@ def test_what_is_in_the_other_rows_does_not_matter(case, monkeypatch):
     truth = gradients(model, model, batch())
     forward = kernel.forward
 
-    def poisoned(x: Tensor, w: Tensor, bias: Tensor | None, kept: Tensor) -> kernel.DistinctRows:
-        rows, index = forward(x, w, bias, kept)
-        assert index is not None or len(kept) > kernel.DENSE_SHARE * len(x)
-        if index is None:
-            index = torch.arange(len(x))
-        written = torch.cat([rows[index], 100 * torch.randn_like(rows)])
-        return written, torch.arange(len(x)).add(len(x)).index_copy(0, kept, kept)
+    def poisoned(x: Tensor, w: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
+        y = forward(x, w, bias, kept)
+        return (100 * torch.randn_like(y)).index_copy(0, kept, y[kept])
 
     monkeypatch.setattr(kernel, "forward", poisoned)
     compiled = torch.compile(model, backend=Tracer(), fullgraph=True)
@@ -425,11 +421,8 @@ def test_masks_that_nothing_reads_are_not_left_behind():
 @pytest.mark.parametrize("kept", [[], [4], [1, 2, 5], list(range(10))])
 def test_forward_of_rows(kept, bias):
     x, w, b = torch.randn(10, 6), torch.randn(4, 6), torch.randn(4) if bias else None
-    rows, index = kernel.forward(x, w, b, torch.tensor(kept, dtype=torch.int64))
-    y = rows if index is None else rows[index]
-    truth = F.linear(x, w, b)
+    y, truth = kernel.forward(x, w, b, torch.tensor(kept, dtype=torch.int64)), F.linear(x, w, b)
     torch.testing.assert_close(y[kept], truth[kept])
     others = [i for i in range(10) if i not in kept]
-    assert (index is None) == (others == [])
     expected = truth[kept[0]] if kept else torch.zeros(4)
     torch.testing.assert_close(y[others], expected.expand(len(others), 4))
