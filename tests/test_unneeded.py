@@ -1,0 +1,181 @@
+"""Rows of the forward that nothing needs, as a backend leaves them out: what is counted, and what is left as
+it is. Which rows those are is a matter of passes/test_needed.py."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_compile import PruneSaved, Reuse, Sample, Schedule, SparseBackend, sparse_backend
+
+SAMPLES, TOKENS, WIDTH, LENGTH = 4, 16, 64, 5  # LENGTH tokens of each sample are real
+ROWS, PRODUCT = SAMPLES * TOKENS, 2 * SAMPLES * TOKENS * WIDTH * WIDTH
+UNNEEDED = SAMPLES * (TOKENS - LENGTH)
+
+
+class Net(nn.Module):
+    """Two layers, and a head that takes the mean of the tokens that a mask shows."""
+
+    def __init__(self, *, checkpointed: bool = False, calls: int = 1) -> None:
+        super().__init__()
+        self.up, self.down, self.head = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.checkpointed, self.calls = checkpointed, calls
+
+    def body(self, x: Tensor) -> Tensor:
+        for _ in range(self.calls):
+            x = self.down(torch.tanh(self.up(x)))
+        return x
+
+    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+        h = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return self.head((h * shown.unsqueeze(-1)).sum(1) / LENGTH).square().mean()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(SAMPLES, TOKENS, WIDTH), (torch.arange(TOKENS) < LENGTH).expand(SAMPLES, -1)
+
+
+def train(
+    schedule: Schedule | None, model: nn.Module, *, compiler: str = "aot_eager", forwards: int = 1
+) -> tuple[dict[str, Tensor], SparseBackend]:
+    """The gradients of one step, with all forwards before the first backward, and the backend."""
+    backend = sparse_backend(schedule or Schedule.exact(), compiler=compiler, debug=compiler == "aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    model.zero_grad()
+    losses = [compiled(*batch()) for _ in range(forwards)]
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, backend
+
+
+def eager(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(*batch()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def sites(backend: SparseBackend) -> dict[str, Any]:
+    return {site.name: site for site in backend.report().sites}
+
+
+def ops(backend: SparseBackend) -> int:
+    return backend.graphs[0].after.count("sparse_compile.linear_forward.default(")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(17)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_the_report_counts_each_row_once(forwards, calls, checkpointed):
+    """A layer may run twice in a forward, a forward twice before a backward, and a part of it again in that."""
+    model = Net(checkpointed=checkpointed, calls=calls)
+    gradients, backend = train(None, model, forwards=forwards)
+    expected = {name: forwards * gradient for name, gradient in eager(model).items()}
+    torch.testing.assert_close(gradients, expected)
+    found = sites(backend)
+    for name in ("up", "down"):
+        assert found[name].rows == forwards * calls * ROWS
+        assert found[name].rows_unneeded == forwards * calls * UNNEEDED
+        assert found[name].flops_forward_dense == calls * PRODUCT
+        assert found[name].flops_forward == calls * PRODUCT * LENGTH / TOKENS
+    assert found["head"].rows_unneeded == 0
+    totals = backend.report().totals
+    assert totals["flops"] == totals["flops_forward"] + totals["flops_backward"]
+    assert totals["flops_forward"] < 0.4 * totals["flops_forward_dense"]
+    assert "69%" in str(backend.report())
+
+
+def test_without_a_backward_nothing_is_counted():
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
+    compiled = torch.compile(Net(), backend=backend)
+    for _ in range(3):
+        compiled(*batch())
+    assert [site.rows_unneeded for site in backend.report().sites] == [0, 0, 0]
+    compiled(*batch()).backward()
+    assert sites(backend)["up"].rows_unneeded == UNNEEDED
+
+
+def test_what_is_excluded_is_computed_whole():
+    gradients, backend = train(Schedule.exact(exclude="up"), model := Net())
+    torch.testing.assert_close(gradients, eager(model))
+    found = sites(backend)
+    assert (found["up"].rows_unneeded, found["down"].rows_unneeded) == (0, UNNEEDED)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "linears"),
+    [
+        (Schedule(), 2),
+        (Schedule(linear=Reuse(0.5, granularity="element")), 2),
+        (Schedule(attention=Reuse(0.5)), 2),
+        (Schedule(saved_activations=PruneSaved(0.5)), 2),
+        (Schedule(skip_unneeded=False), 0),
+        # For these formulas every row of a sample, or of a head, counts.
+        (Schedule.back_razor(0.5), 0),
+        (Schedule(attention=Reuse(0.5, granularity="element")), 0),
+        (Schedule(attention=Reuse("2:4")), 0),
+    ],
+    ids=str,
+)
+def test_when_rows_are_left_out(schedule, linears):
+    _, backend = train(schedule, Net())
+    assert ops(backend) == linears
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(linear=Reuse(0.5)),
+        Schedule(linear=Sample(0.5), blocks=Sample(0.5)),
+        Schedule(linear=Reuse(0.5, granularity="element")),
+        Schedule(linear=Reuse("2:4")),
+    ],
+    ids=str,
+)
+def test_methods_find_the_same_gradients(schedule):
+    """Whatever a method does with the rows of dY, it does nothing with those that are zero."""
+    model, whole = Net(), {"skip_unneeded": False}
+    for _ in range(2):  # a reuse has its base in the second step
+        found, expected = (
+            steps(Schedule.from_dict({**schedule.to_dict(), **other}), model) for other in ({}, whole)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def steps(schedule: Schedule, model: nn.Module) -> list[dict[str, Tensor]]:
+    torch._dynamo.reset()
+    torch.manual_seed(5)
+    compiled = torch.compile(model, backend=sparse_backend(schedule, compiler="aot_eager"))
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        compiled(*batch()).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    return found
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_under_inductor(autocast):
+    model = Net()
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with context:
+        found, backend = train(None, model, compiler="inductor")
+        assert sites(backend)["down"].rows_unneeded == UNNEEDED
+        expected = eager(model)
+    tolerance = {"rtol": 0.05, "atol": 1e-5} if autocast else {}  # bf16 has 8 bits
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(ValueError, match=r"^Schedule\.skip_unneeded is 1; allowed is True or False\.$"):
+        Schedule(skip_unneeded=1)  # type: ignore[arg-type]
