@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from sparse_compile.passes import graph as g
@@ -40,7 +41,7 @@ def rewrite(
     saved: PruneSaved | None = None,
     handed_over: Collection[str] = (),
     dx_whole: bool = False,
-    skip_unneeded: bool = True,
+    skip_unneeded: bool | Literal["loss"] = True,
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
@@ -52,7 +53,8 @@ def rewrite(
         saved: how to pack what is saved for backward; None leaves that to the partitioner.
         handed_over: names of the linears whose weight gradients go to the runtime (:func:`hand_over`).
         dx_whole: the schedule approximates no linear, and their dX are written whole (`passes/linear.py`).
-        skip_unneeded: rows of the forward that nothing needs are not computed either (`passes/needed.py`).
+        skip_unneeded: rows of the forward that nothing needs are not computed either (`passes/needed.py`);
+            with "loss", nothing but the loss needs any.
 
     Returns:
         A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
@@ -80,7 +82,8 @@ def rewrite(
     _tell_apart(ops, records)
     # When nothing looks for the forward's products any more.
     if skip_unneeded:
-        forwards = rewrite_forwards(graph, list(backwards), token=token, below=below)
+        loss_only = skip_unneeded == "loss"
+        forwards = rewrite_forwards(graph, list(backwards), token=token, below=below, loss_only=loss_only)
         ops |= {forward: ops[backwards[product]] for product, forward in forwards.items()}
     # After the linears, so that their inputs have one reader each; it makes no site.
     packed = pack_saved(graph, method=saved, below=below) if saved is not None else []

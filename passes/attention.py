@@ -63,6 +63,8 @@ def rewrite_attentions(graph: Graph, *, token: Node, records: list[SiteRecord]) 
         ops[rewrite_fused(graph, backward, token=token)] = records[-1]
     for scores, out in find_chains(graph):
         parts = [of_product[scores], of_product[out]]
+        if not all(any(each is part for each in records) for part in parts):
+            continue  # scores that are a sum of several products: the first of them stands for the attention
         record = _record_chain(scores, out, parts)
         at, _ = (_remove(records, part) for part in parts)
         try:

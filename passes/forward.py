@@ -20,7 +20,12 @@ aten = torch.ops.aten
 
 
 def rewrite_forwards(
-    graph: Graph, linears: list[Node], *, token: Node, below: dict[Node, frozenset[str]]
+    graph: Graph,
+    linears: list[Node],
+    *,
+    token: Node,
+    below: dict[Node, frozenset[str]],
+    loss_only: bool = False,
 ) -> dict[Node, Node]:
     """Rewrite the forward products of linears, as far as rows of them are not needed.
 
@@ -29,6 +34,7 @@ def rewrite_forwards(
         linears: the forward products whose backward is rewritten.
         token: the graph's ``begin`` node.
         below: :func:`passes.graph.parameters_below`.
+        loss_only: of what the model returns, its loss alone is needed.
 
     Returns:
         The op in the place of each product. Their site numbers are not set yet.
@@ -38,7 +44,7 @@ def rewrite_forwards(
     if not products:
         return {}
     masks = Masks(graph, after=token, below=below)
-    needed = rows_needed(graph, products, masks, below)
+    needed = rows_needed(graph, products, masks, below, loss_only=loss_only)
     ops = {product: _rewrite(graph, product, mask, token) for product, mask in needed.items()}
     masks.erase_unused()
     return ops

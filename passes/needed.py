@@ -8,7 +8,7 @@ and can be known before the first product.
 The forward is walked from its outputs back to its inputs. Each op says what of its operands it needs for
 what is needed of its result, as a mask (``passes/masks.py``):
 
-    an output of the graph     all of it
+    an output of the graph     all of it (or nothing, if it is not the loss and only that is asked for)
     X[:, 0]                    of X its first rows
     X · m, where(m, X, 0)      what is needed of the product, where m is not 0; m from inputs alone
     nll_loss(X, labels)        the rows whose label is not to be ignored
@@ -31,13 +31,19 @@ from sparse_compile.passes import graph as g
 from sparse_compile.passes import visible
 from sparse_compile.passes.masks import ALL, Mask, Masks, UnknownSize, is_one
 from sparse_compile.passes.needed_rules import Known, keeps_rows_apart, of_operands
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
 
 def rows_needed(
-    graph: Graph, products: list[Node], masks: Masks, below: dict[Node, frozenset[str]]
+    graph: Graph,
+    products: list[Node],
+    masks: Masks,
+    below: dict[Node, frozenset[str]],
+    *,
+    loss_only: bool = False,
 ) -> dict[Node, Node]:
     """For each of the linears ``products`` of a forward of which not all rows are needed, a node: bool [N].
 
@@ -45,14 +51,33 @@ def rows_needed(
         graph: the joint graph.
         masks: makes the masks; those that no result is made of are left for it to erase.
         below: :func:`passes.graph.parameters_below`.
+        loss_only: of what the model returns, its loss alone is needed, if it returns one.
     """
-    needed = _Walk(graph, masks, below).run()
+    needed = _Walk(graph, masks, below).run(_outputs(graph, loss_only))
     found = {}
     for product in products:
         mask = masks.any_over(needed.get(product, ALL), [1])
         if mask is not ALL and not is_one(g.shape_of(mask)[0]):
             found[product] = masks.call(aten.squeeze.dims, mask, [1])
     return found
+
+
+def _outputs(graph: Graph, loss_only: bool) -> list[Node]:
+    """The outputs of the forward of a joint graph that are needed.
+
+    A loss is a single number that the model returns. Buffers that a forward changes are always needed.
+    """
+    output = graph.output_node()
+    described = output.meta.get("desc") or []
+    needed = [node for node in output.all_input_nodes if not g.is_backward(node)]
+    returned = {
+        node: len(g.shape_of(node)) == 0 and node.meta["val"].dtype.is_floating_point
+        for node, what in zip(output.args[0], described, strict=False)  # type: ignore[arg-type]
+        if isinstance(what, PlainAOTOutput) and isinstance(node, Node) and g.is_tensor(node)
+    }
+    if loss_only and any(returned.values()):
+        needed = [node for node in needed if returned.get(node, True)]
+    return needed
 
 
 class _Walk:
@@ -66,12 +91,10 @@ class _Walk:
         self._needed: dict[Node, Mask] = {}
         self._saved: set[Node] = set()  # what the backward alone reads
 
-    def run(self) -> dict[Node, Mask]:
-        """The mask of every node of the forward that is needed at all."""
-        returned = self._graph.output_node().all_input_nodes
-        for node in returned:
-            if not g.is_backward(node):
-                self._note(node, ALL)
+    def run(self, outputs: list[Node]) -> dict[Node, Mask]:
+        """The mask of every node of the forward that is needed at all, for these of the graph's outputs."""
+        for node in outputs:
+            self._note(node, ALL)
         for node in reversed(list(self._graph.nodes)):
             if node.op != "call_function" or g.is_backward(node):
                 continue

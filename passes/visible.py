@@ -7,6 +7,7 @@ Of a query whose keys are all masked the softmax is even, or zero: it is taken t
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +41,12 @@ class Chain:
 
 
 def find(graph: Graph) -> Iterator[Chain]:
-    """The chains of a graph whose every step is known."""
-    for scores, out in attention_chain.find_chains(graph):
+    """The chains of a graph whose every step is known, and whose scores are one product."""
+    pairs = list(attention_chain.find_chains(graph))
+    outs = Counter(out for _, out in pairs)
+    for scores, out in pairs:
+        if outs[out] > 1:
+            continue
         try:
             steps = attention_chain.steps_to_softmax(scores, out)
         except NoMatch:

@@ -95,7 +95,7 @@ class SparseBackend:
                 self.schedule.saved_activations,
                 handed_over,
                 dx_whole=self.schedule.linears_are_exact,
-                skip_unneeded=self.schedule.leaves_out_unneeded,
+                skip_unneeded=self.schedule.skips_unneeded,
             )
             self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:

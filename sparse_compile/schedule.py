@@ -68,9 +68,10 @@ class Schedule:
             `include`, `exclude` and `skip_layers` do not apply to it. None saves it as it is.
         weight_gradients: which entries of the weights' gradients are kept, a `RotatedTopK`; it needs an
             optimizer of `sparse_compile.optim`. None keeps all.
-        skip_unneeded: leave out of a linear's forward, too, the rows that no output of the model and no
-            gradient depends on, such as padding that attention masks out. (On a CPU. Not with a `PruneSaved`
-            that is as published, nor with a `Reuse` of single entries in attention: there every row counts.)
+        skip_unneeded: leave rows out of a linear's forward, too, if no output of the model depends on them,
+            such as padding that attention masks out. "loss": if its loss does not; what else it returns
+            (logits) may hold anything there. (On a CPU. Not with a `PruneSaved` that is as published, nor
+            a `Reuse` of single entries in attention: there every row counts.)
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -88,7 +89,7 @@ class Schedule:
     blocks: Sample | Adaptive | None = None
     saved_activations: PruneSaved | None = None
     weight_gradients: RotatedTopK | None = None
-    skip_unneeded: bool = True
+    skip_unneeded: bool | str = True
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
     skip_layers: int | Sequence[int] = ()
@@ -100,8 +101,8 @@ class Schedule:
         store(self, "include", _patterns("Schedule.include", self.include))
         store(self, "exclude", _patterns("Schedule.exclude", self.exclude))
         store(self, "skip_layers", _block_indices(self.skip_layers))
-        if not isinstance(self.skip_unneeded, bool):
-            raise wrong("Schedule.skip_unneeded", self.skip_unneeded, "True or False")
+        if not isinstance(self.skip_unneeded, bool) and self.skip_unneeded != "loss":
+            raise wrong("Schedule.skip_unneeded", self.skip_unneeded, 'True, False or "loss"')
         if self.total_steps is not None:
             store(self, "total_steps", integer("Schedule.total_steps", self.total_steps, at_least=1))
         self._check_ignored()
@@ -211,13 +212,12 @@ class Schedule:
         return self.linear is None and self.blocks is None
 
     @property
-    def leaves_out_unneeded(self) -> bool:
-        """Whether rows of the forward may be left out; see `skip_unneeded`."""
-        saved, attention = self.saved_activations, self.attention
-        as_published = saved is not None and saved.as_published
+    def skips_unneeded(self) -> bool | str:
+        """`skip_unneeded`, or False with a method for which every row counts."""
+        as_published = self.saved_activations is not None and self.saved_activations.as_published
         # A base of entries that are left from the scores' gradients meets every query and key.
-        entries = isinstance(attention, Reuse) and attention.granularity != "row"
-        return self.skip_unneeded and not as_published and not entries
+        entries = isinstance(self.attention, Reuse) and self.attention.granularity != "row"
+        return False if as_published or entries else self.skip_unneeded
 
     def reason_left_out(self, name: str) -> str | None:
         """Why `include` and `exclude` leave out the module path `name`; None if they select it."""

@@ -77,7 +77,7 @@ def _seed() -> None:
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_the_report_counts_each_row_once(forwards, calls, checkpointed):
-    """A layer may run twice in a forward, a forward twice before a backward, and a part of it again in that."""
+    """A layer may run twice in a forward, a forward twice before a backward, and again in that."""
     model = Net(checkpointed=checkpointed, calls=calls)
     gradients, backend = train(None, model, forwards=forwards)
     expected = {name: forwards * gradient for name, gradient in eager(model).items()}
@@ -176,6 +176,52 @@ def test_under_inductor(autocast):
     torch.testing.assert_close(found, expected, **tolerance)
 
 
+class Labelled(nn.Module):
+    """Logits and the loss of those that have a label, as a language model returns them."""
+
+    def __init__(self, *, with_loss: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.with_loss = with_loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        hidden = torch.tanh(self.up(x))
+        logits = self.down(hidden)
+        if not self.with_loss:
+            return logits, hidden
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    x, shown = batch()
+    return x, torch.where(shown, torch.arange(TOKENS) % 3, -100)
+
+
+@pytest.mark.parametrize(("skip", "linears"), [(True, 0), ("loss", 2)])
+def test_the_loss_may_be_all_that_is_needed_of_what_is_returned(skip, linears):
+    model = Labelled()
+    backend = sparse_backend(Schedule.exact(skip_unneeded=skip), compiler="aot_eager", debug=True)
+    found = []
+    for run in (torch.compile(model, backend=backend), model):
+        model.zero_grad()
+        loss, logits = run(*labelled())
+        loss.backward()
+        found.append(({name: p.grad for name, p in model.named_parameters()}, loss, logits[:, :LENGTH]))
+    torch.testing.assert_close(*found)
+    assert ops(backend) == linears
+    assert sites(backend)["up"].rows_unneeded == (UNNEEDED if linears else 0)
+
+
+def test_without_a_loss_all_that_is_returned_is_needed():
+    model = Labelled(with_loss=False)
+    backend = sparse_backend(Schedule.exact(skip_unneeded="loss"), compiler="aot_eager", debug=True)
+    logits, _ = torch.compile(model, backend=backend)(*labelled())
+    nn.functional.cross_entropy(logits.flatten(0, 1), labelled()[1].flatten()).backward()
+    assert ops(backend) == 0
+
+
 def test_bad_values_are_refused():
-    with pytest.raises(ValueError, match=r"^Schedule\.skip_unneeded is 1; allowed is True or False\.$"):
+    with pytest.raises(
+        ValueError, match=r'^Schedule\.skip_unneeded is 1; allowed is True, False or "loss"\.$'
+    ):
         Schedule(skip_unneeded=1)  # type: ignore[arg-type]

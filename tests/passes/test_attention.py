@@ -181,6 +181,19 @@ def test_chain(name: str, decompositions: Any) -> None:
     assert (op.args[4] is not None) == (name in ("softmax in float32", "dropped", "weighted"))
 
 
+@DECOMPOSITIONS
+def test_scores_that_are_a_sum_of_products(decompositions: Any) -> None:
+    """As with DeBERTa's positions: it is one attention, which is left alone, and all products are listed."""
+    core = Model(lambda m, q, k, v: (scores(q, k) + scores(q, k * 2) + scores(q, k * 3)).softmax(-1) @ v)
+    found = trace(
+        Model(lambda m, *x: m.core(*x), core=core), *heads(), decompositions=decompositions, rtol=1e-10
+    )
+    kinds = ["attention", "matmul", "matmul"]
+    assert [(r.name, r.kind, r.rewritten) for r in found.records] == [("core", kind, False) for kind in kinds]
+    assert all(record.reason for record in found.records)
+    assert found.backward_products == found.products_before
+
+
 FINITE = "the op .*(where|masked_fill).* stands between its products"
 ELSEWHERE = "a gradient flows into its scores or probabilities from elsewhere, too"
 OTHER_USE = "the gradient of its scores or probabilities is used for something else, too"

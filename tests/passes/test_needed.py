@@ -332,6 +332,12 @@ def attend(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
     return m.b(((q @ q.mT + bias).softmax(-1) @ q)[:, 0])
 
 
+def attend_twice(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
+    """Scores from two products, of which a rule that knows one would forget the other's keys."""
+    k = m.b(h)
+    return ((h @ h.mT + h @ k.mT + bias).softmax(-1) @ m.a(h))[:, 0]
+
+
 RULES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "a mask": (1, lambda m, x, s: m.a(x) * s.unsqueeze(-1)),
     "a mask of numbers": (1, lambda m, x, s: m.a(x) * s.unsqueeze(-1).double()),
@@ -351,6 +357,7 @@ RULES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "attention": (1, lambda m, x, s: attend(m, x, hidden(s, -torch.inf))),
     "attention, the least number": (1, lambda m, x, s: attend(m, x, hidden(s, torch.finfo(DOUBLE).min))),
     # Near misses: everything is needed, or may be.
+    "attention, a sum of products": (0, lambda m, x, s: attend_twice(m, x, hidden(s, -torch.inf))),
     "everything": (0, lambda m, x, s: m.a(x)),
     "everything, beside": (0, lambda m, x, s: torch.cat([(y := m.a(x))[:, :1], y], 1)),
     "a mean over tokens": (0, lambda m, x, s: m.a(x).mean(1)),
