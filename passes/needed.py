@@ -111,9 +111,13 @@ class _Walk:
         return self._needed
 
     def _look_at_saved(self, node: Node) -> None:
-        """A node on which no output depends. If the backward reads it, or what is made of it, all of it may
-        be needed; but not where it keeps rows apart: then the gradients of the same rows read it."""
-        if node not in self._saved and not any(map(g.is_backward, node.users)):
+        """A node on which no output depends. If the backward reads it, or what is made of it, or if it is
+        there for its effect, all of it may be needed; but not where it keeps rows apart: then the gradients of
+        the same rows read it."""
+        checks = node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(
+            node.target, "tags", ()
+        )
+        if not checks and node not in self._saved and not any(map(g.is_backward, node.users)):
             return
         if keeps_rows_apart(node):
             self._saved.update(node.all_input_nodes)

@@ -29,6 +29,7 @@ _VIEWS = (
     *(aten.expand.default, aten.clone.default, aten.detach.default, aten.alias.default),
 )
 _FMA = tuple(op.default for op in [getattr(prims, "fma", None)] if op is not None)
+_REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.any.dim)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
@@ -57,7 +58,7 @@ def of_operands(known: Known, node: Node, mask: Mask) -> list[tuple[Any, Mask]]:
 
 def keeps_rows_apart(node: Node) -> bool:
     """Whether a row of the node's result depends on the same row of its operands alone, or is a view."""
-    if node.target in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.var_mean.correction):
+    if node.target in (*_REDUCTIONS, aten.var_mean.correction):
         x: Any = node.args[0]
         return len(g.shape_of(x)) - 1 in _dims(g.arguments(node)["dim"], x)
     known = node.target in _RULES or node.target in _OF_SEVERAL or _is_pointwise(node)
@@ -107,8 +108,8 @@ def _choose(known: Known, node: Node, mask: Mask) -> Needs:
     if node.target is aten.where.self:
         condition, *choices = node.args
     else:
-        (other, condition), choices = node.args[:2], []
-        choices = [None, other]
+        x, condition, value = node.args
+        choices = [value, x]
     flags = _flags(known, condition)
     for choice, test in zip(choices, (aten.ne.Scalar, aten.eq.Scalar), strict=True):
         if isinstance(choice, Node) and not known.masks.fixed(choice):
@@ -234,7 +235,7 @@ def _cat(known: Known, node: Node, mask: Mask) -> Needs:
         yield x, known.masks.any_over(mask, [dim]) if alike else ALL
 
 
-@_rule(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.any.dim)
+@_rule(*_REDUCTIONS)
 def _reduce(known: Known, node: Node, mask: Mask) -> Needs:
     x: Any = node.args[0]
     yield x, _before_reduction(known, node, mask)
@@ -323,7 +324,7 @@ def _of_fused_attention(known: Known, node: Node, index: int, mask: Mask) -> Nee
     query, key = given["query"], given["key"]
     rows = known.masks.any_over(mask, [3])
     keys = visible.keys_of_fused(known.masks, rows, query, key, given["attn_mask"], causal=given["is_causal"])
-    yield from ((query, rows), (key, keys), (given["value"], keys))
+    yield from ((query, rows), (key, keys), (given["value"], keys), (given["attn_mask"], ALL))
 
 
 @_of_several(aten.nll_loss_forward.default)
