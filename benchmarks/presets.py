@@ -181,6 +181,21 @@ def _next_tokens(preset: Preset, count: int, seed: int) -> list[Batch]:
     return [{"input_ids": ids, "labels": ids} for ids in _token_ids(preset, count, seed)]
 
 
+def _answers(preset: Preset, count: int, seed: int) -> list[Batch]:
+    """Random tokens as of instruction tuning: a quarter to the whole of `tokens` of each sample is real, the
+    second half of that has labels, and the rest is padding."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    position = torch.arange(preset.tokens)
+    batches: list[Batch] = []
+    for ids in _token_ids(preset, count, seed):
+        share = 0.25 + 0.75 * torch.rand(preset.batch, 1, generator=generator)
+        lengths = (share * preset.tokens).long()
+        real, answer = position < lengths, (position < lengths) & (position >= lengths // 2)
+        labels = torch.where(answer, ids, -100)
+        batches.append({"input_ids": ids * real, "attention_mask": real.long(), "labels": labels})
+    return batches
+
+
 VIT_PATCH = 16
 
 
@@ -246,13 +261,8 @@ def _review_batches(preset: Preset, count: int, seed: int) -> list[Batch]:
     batches: list[Batch] = []
     for start in range(0, count * preset.batch, preset.batch):
         chosen = [order[i % len(order)] for i in range(start, start + preset.batch)]
-        encoded = tokenizer(
-            [texts[i] for i in chosen],
-            padding="max_length",
-            truncation=True,
-            max_length=preset.tokens,
-            return_tensors="pt",
-        )
+        sizes = {"padding": "max_length", "truncation": True, "max_length": preset.tokens}
+        encoded = tokenizer([texts[i] for i in chosen], **sizes, return_tensors="pt")
         batches.append({**encoded, "labels": torch.tensor([labels[i] for i in chosen])})
     return batches
 
@@ -282,6 +292,22 @@ _BERT_BASE = Preset(
     intermediate=3072,
     vocab=30522 * 2 // 12,
     classes=9,
+)
+
+_LLAMA = Preset(
+    name="llama-small",
+    summary="a small Llama with grouped heads and random weights, next-token loss",
+    build=_llama,
+    batches=_next_tokens,
+    methods="exact,reuse:0.9,reuse:0.5",
+    batch=4,
+    tokens=256,
+    layers=4,
+    hidden=512,
+    heads=8,
+    kv_heads=2,
+    intermediate=1408,
+    vocab=8192,
 )
 
 PRESETS: dict[str, Preset] = {
@@ -329,20 +355,14 @@ PRESETS: dict[str, Preset] = {
             dropout=0.1,
             fixed=("layers",),
         ),
-        Preset(
-            name="llama-small",
-            summary="a small Llama with grouped heads and random weights, next-token loss",
-            build=_llama,
-            batches=_next_tokens,
-            methods="exact,reuse:0.9,reuse:0.5",
-            batch=4,
-            tokens=256,
-            layers=4,
-            hidden=512,
-            heads=8,
-            kv_heads=2,
-            intermediate=1408,
-            vocab=8192,
+        _LLAMA,
+        replace(
+            _LLAMA,
+            name="llama-answers",
+            summary="the same on padded samples, of which the second half has labels",
+            batches=_answers,
+            methods="exact,exact+loss-only,exact+whole-forward",
+            batch=8,
         ),
         Preset(
             name="gpt2",

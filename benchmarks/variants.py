@@ -10,6 +10,7 @@ blocks-sample:K, …    the same for another field of the schedule; join several
 prune:R[/WORD...]     Schedule(saved_activations=PruneSaved(R)); WORD is fp16, bf16 or int8, or plain (as
                       published); also joined by +
 +whole-forward        with Schedule(skip_unneeded=False), for instance exact+whole-forward
++loss-only            with Schedule(skip_unneeded="loss")
 vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
@@ -32,12 +33,12 @@ OptimizerName = Literal["adamw", "sgd"]
 Kind = Literal["dense", "sparse", "eager", "eager-resprop"]
 PHASES = ("forward", "backward", "optimizer", "step")
 FIELDS = ("linear", "attention", "blocks")
-WHOLE_FORWARD = "whole-forward"
+FORWARDS = {"whole-forward": False, "loss-only": "loss"}  # Schedule(skip_unneeded=…)
 ALLOWED = (
     "exact, [FIELD-]reuse:RATIO[/row|element|mean|sample|refresh=K],"
     " [FIELD-]sample:KEEP[/clip=C|input|weight]"
     f" (FIELD is {' or '.join(FIELDS)}; several joined by +), prune:RATIO[/fp16|bf16|int8|plain],"
-    f" +{WHOLE_FORWARD},"
+    f" +{', +'.join(FORWARDS)},"
     " vcas[/solve|freq=N|tau=T], eager, eager-resprop:RATIO"
 )
 
@@ -96,8 +97,8 @@ def _parse_variant(name: str) -> Variant:
 
 def _parse_method(name: str, part: str) -> tuple[str, Any]:
     """The field of the schedule that one part of a name sets, and the method for it."""
-    if part == WHOLE_FORWARD:
-        return "skip_unneeded", False
+    if part in FORWARDS:
+        return "skip_unneeded", FORWARDS[part]
     method, _, rest = part.partition(":")
     fields = {f"{field}-{kind}": (field, kind) for field in FIELDS for kind in ("reuse", "sample")}
     fields |= {"reuse": ("linear", "reuse"), "sample": ("linear", "sample")}

@@ -112,8 +112,8 @@ class _Walk:
 
     def _look_at_saved(self, node: Node) -> None:
         """A node on which no output depends. If the backward reads it, or what is made of it, or if it is
-        there for its effect, all of it may be needed; but not where it keeps rows apart: then the gradients of
-        the same rows read it."""
+        there for its effect, all of it may be needed; but not where it keeps rows apart: then the gradients
+        of the same rows read it."""
         checks = node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(
             node.target, "tags", ()
         )
