@@ -70,8 +70,8 @@ class Schedule:
             optimizer of `sparse_compile.optim`. None keeps all.
         skip_unneeded: leave rows out of a linear's forward, too, if no output of the model depends on them,
             such as padding that attention masks out. "loss": if its loss does not; what else it returns
-            (logits) may hold anything there. (On a CPU. Not with a `PruneSaved` that is as published, nor
-            a `Reuse` of single entries in attention: there every row counts.)
+            (logits) may hold anything there. (On a CPU. Not with `saved_activations`, nor with a `Reuse` of
+            single entries in attention: for these every row counts.)
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
@@ -214,10 +214,11 @@ class Schedule:
     @property
     def skips_unneeded(self) -> bool | str:
         """`skip_unneeded`, or False with a method for which every row counts."""
-        as_published = self.saved_activations is not None and self.saved_activations.as_published
-        # A base of entries that are left from the scores' gradients meets every query and key.
+        # What is kept of a sample, and its mean, depends on all of its rows; and a base of entries that are
+        # left from the scores' gradients meets every query and key.
+        prunes = self.saved_activations is not None
         entries = isinstance(self.attention, Reuse) and self.attention.granularity != "row"
-        return False if as_published or entries else self.skip_unneeded
+        return False if prunes or entries else self.skip_unneeded
 
     def reason_left_out(self, name: str) -> str | None:
         """Why `include` and `exclude` leave out the module path `name`; None if they select it."""

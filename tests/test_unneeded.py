@@ -118,10 +118,9 @@ def test_what_is_excluded_is_computed_whole():
         (Schedule(), 2),
         (Schedule(linear=Reuse(0.5, granularity="element")), 2),
         (Schedule(attention=Reuse(0.5)), 2),
-        (Schedule(saved_activations=PruneSaved(0.5)), 2),
         (Schedule(skip_unneeded=False), 0),
         # For these formulas every row of a sample, or of a head, counts.
-        (Schedule.back_razor(0.5), 0),
+        (Schedule(saved_activations=PruneSaved(0.5)), 0),
         (Schedule(attention=Reuse(0.5, granularity="element")), 0),
         (Schedule(attention=Reuse("2:4")), 0),
     ],
