@@ -40,9 +40,12 @@ class Masks:
         self._graph = graph
         self._end = after
         self._below = below
-        self._at_hand: dict[Node, bool] = {}
         self._made: dict[tuple[Any, ...], Node] = {}
         self._above = {node for node in graph.nodes if node.op == "placeholder"} | {after}
+        self._at_hand: set[Node] = set()
+        for node in graph.nodes:
+            if self._from_inputs(node) and self._at_hand.issuperset(node.all_input_nodes):
+                self._at_hand.add(node)
         tensors = [node.meta["val"] for node in graph.find_nodes(op="placeholder") if g.is_tensor(node)]
         self._device = tensors[0].device
         self._fake_mode = getattr(tensors[0], "fake_mode", None) or contextlib.nullcontext()
@@ -54,11 +57,7 @@ class Masks:
 
     def at_hand(self, node: Any) -> bool:
         """Whether a node comes from inputs alone, and by no chance, so that masks can be made of it."""
-        if not isinstance(node, Node):
-            return True
-        if node not in self._at_hand:
-            self._at_hand[node] = self._from_inputs(node) and all(map(self.at_hand, node.all_input_nodes))
-        return self._at_hand[node]
+        return not isinstance(node, Node) or node in self._at_hand
 
     def fixed(self, node: Node) -> bool:
         """Whether a node comes from inputs alone, or from parameters alone: it has no rows to leave out."""
@@ -164,16 +163,21 @@ class Masks:
                 node.meta = {"val": g.value_of(node), "partitioner_tag": "is_forward"}
             self._made[key] = self._end = node
             self._above.add(node)
+            self._at_hand.add(node)
         return self._made[key]
 
     def _move_up(self, node: Node) -> None:
         """Move a node of the forward, and what it is computed from, to where masks are."""
-        if node.op == "call_function" and node not in self._above:
-            for operand in node.all_input_nodes:
-                self._move_up(operand)
+        below, found = [node], set()
+        while below:
+            node = below.pop()
+            if node not in self._above and node not in found:
+                found.add(node)
+                below.extend(node.all_input_nodes)
+        for node in [each for each in self._graph.nodes if each in found] if found else []:
             self._end.append(node)
             self._end = node
-            self._above.add(node)
+        self._above |= found
 
     def erase_unused(self) -> None:
         """Erase the masks of which nothing was made."""

@@ -416,6 +416,16 @@ def test_what_is_needed_under_dynamic_shapes(monkeypatch):
         assert len(trace.graph.find_nodes(op="call_function", target=ops.linear_forward.default)) == 13
 
 
+def test_a_deep_model():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x)
+        for _ in range(1100):  # deeper than Python's stack
+            h = h.sin()
+        return m.b(h)[:, 0]
+
+    assert count(Model(forward, a=layer(), b=layer()), x()) == 2
+
+
 def test_masks_that_nothing_reads_are_not_left_behind():
     tracer = Tracer()
     model = bert("SequenceClassification", "sdpa", 0.0)
