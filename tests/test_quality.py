@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts, not a package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # scripts, not packages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _runs
 import quality
