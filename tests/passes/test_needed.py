@@ -377,6 +377,7 @@ RULES: dict[str, tuple[int, Callable[..., Tensor]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
 @pytest.mark.parametrize("case", RULES)
 def test_rules(case, monkeypatch):
     """How many linears leave rows out; and loss and gradients are eager's, whatever is in those rows."""
