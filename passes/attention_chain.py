@@ -148,6 +148,8 @@ def steps_to_softmax(scores: Node, out: Node) -> list[Node]:
     while _softmax_input(node) is None:
         node, _ = _climb(node, between, scores, probabilities=True)
     node = _softmax_input(node)  # type: ignore[assignment]
+    if not g.same_size(g.shape_of(node)[-1], g.shape_of(scores)[-1]):
+        raise NoMatch("its softmax is not over its keys")
     steps = []
     while node is not scores:
         steps.append(node)
