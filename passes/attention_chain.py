@@ -116,45 +116,39 @@ def match_chain(scores: Node, out: Node) -> Chain:
         raise NoMatch(
             f"a chain of products on {scores.meta['val'].device.type} is not rewritten in this version"
         )
-    between = _below(scores)
+    after, probabilities, before = steps_between(scores, out)
     dropped = g.operands(out)[0]
-    node = dropped
-    changed = False  # whether A' differs from A by more than a view
-    while _softmax_input(node) is None:
-        changed |= node.target not in (*_VIEWS, *_SAME, aten.permute.default)
-        node, _ = _climb(node, between, scores, probabilities=True)
-    probabilities = node
+    # Whether A' differs from A by more than a view.
+    changed = any(step.target not in (*_VIEWS, *_SAME, aten.permute.default) for step in after)
     changed |= probabilities.meta["val"].dtype != dropped.meta["val"].dtype
-    node, scale, heads = _softmax_input(probabilities), 1.0, 1
-    if not g.same_size(g.shape_of(node)[-1], g.shape_of(scores)[-1]):
-        raise NoMatch("its softmax is not over its keys")
-    while node is not scores:
-        shape = g.shape_of(node)
-        heads = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else heads
-        node, factor = _climb(node, between, scores, probabilities=False)
-        scale *= factor
+    scale = math.prod(factor for _, factor in before)
+    shapes = [g.shape_of(step) for step, _ in before if len(g.shape_of(step)) == 4]
+    heads = next((shape[1] for shape in reversed(shapes) if isinstance(shape[1], int)), 1)
     do, gradients, first = _match_backward(scores, out)
     return Chain(scores, out, dropped, probabilities if changed else None, do, gradients, scale, heads, first)
 
 
-def steps_to_softmax(scores: Node, out: Node) -> list[Node]:
-    """The nodes of the forward from the scores, which are not among them, to the softmax, last first.
+def steps_between(scores: Node, out: Node) -> tuple[list[Node], Node, list[tuple[Node, float]]]:
+    """The forward from the scores to what V is multiplied by, last step first: the steps after the softmax,
+    its result, and the steps from the scores to it, each with the factor that it multiplies by.
 
     Raises:
-        NoMatch: with the reason, if a step from one product to the other is not one that we know.
+        NoMatch: with the reason, if a step is not one that we know.
     """
     between = _below(scores)
     node = g.operands(out)[0]
-    while _softmax_input(node) is None:
+    after, before = [], []
+    while (x := _softmax_input(node)) is None:
+        after.append(node)
         node, _ = _climb(node, between, scores, probabilities=True)
-    node = _softmax_input(node)  # type: ignore[assignment]
+    probabilities, node = node, x
     if not g.same_size(g.shape_of(node)[-1], g.shape_of(scores)[-1]):
         raise NoMatch("its softmax is not over its keys")
-    steps = []
     while node is not scores:
-        steps.append(node)
-        node, _ = _climb(node, between, scores, probabilities=False)
-    return steps
+        source, factor = _climb(node, between, scores, probabilities=False)
+        before.append((node, factor))
+        node = source
+    return after, probabilities, before
 
 
 def _climb(node: Node, between: set[Node], scores: Node, *, probabilities: bool) -> tuple[Node, float]:

@@ -48,10 +48,10 @@ def find(graph: Graph) -> Iterator[Chain]:
         if outs[out] > 1:
             continue
         try:
-            steps = attention_chain.steps_to_softmax(scores, out)
+            _, _, steps = attention_chain.steps_between(scores, out)
         except NoMatch:
             continue
-        yield _chain(scores, out, steps)
+        yield _chain(scores, out, [step for step, _ in steps])
 
 
 def _chain(scores: Node, out: Node, steps: list[Node]) -> Chain:

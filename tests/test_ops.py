@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_compile.runtime import NO_TOKEN
 
 begin = torch.ops.sparse_compile.begin.default
+linear_forward = torch.ops.sparse_compile.linear_forward.default
 linear_backward = torch.ops.sparse_compile.linear_backward.default
 attention_backward = torch.ops.sparse_compile.attention_backward.default
 fused_attention_backward = torch.ops.sparse_compile.fused_attention_backward.default
@@ -37,6 +38,15 @@ def tensors(dtype: torch.dtype = torch.float32, zero_rows: int = 0) -> tuple[Ten
 @pytest.mark.parametrize("manifest", ["", "[]"])
 def test_opcheck_begin(manifest: str) -> None:
     torch.library.opcheck(begin, (torch.randn(2, 3), manifest))
+
+
+@pytest.mark.parametrize("needed", [0, 2, ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_linear_forward(bias: bool, dtype: torch.dtype, needed: int) -> None:
+    _, x, w = tensors(dtype)
+    b = torch.ones(OUTPUTS, dtype=dtype) if bias else None
+    torch.library.opcheck(linear_forward, (token(), x, w, b, torch.arange(ROWS) < needed, 0))
 
 
 @pytest.mark.parametrize("zero_rows", [0, 5, ROWS])
