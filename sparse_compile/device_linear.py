@@ -6,7 +6,7 @@ On the CPU a site looks at its rows and then decides. Here looking means to wait
 - whether to skip zero rows is decided by how many there were at the backward before. Both ways are exact, so
   a wrong guess costs time only. Where there were none, the next looks are further and further apart;
 - what multiplies is timed once for every shape (``kernels/choice.py``): ATen, on the whole of dY or on
-  gathered rows, or Triton, which gathers inside the product.
+  gathered rows; Triton, which gathers inside the product; or, for 2:4, cuSPARSELt.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels import choice, on_device, semi_structured
 from sparse_compile.kernels import linear as aten
 from sparse_compile.looks import LaterLooks
 from sparse_compile.methods import on_device as methods
-from sparse_compile.methods.rows import Estimate, Rows, number_kept
+from sparse_compile.methods.rows import Estimate, Neighbours, Rows, number_kept
 from sparse_compile.methods.sample import Draw
+from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.reuse import Reuse
 
 # Products over gathered rows are not as fast as dense ones: fewer zero rows than this are not skipped.
 _WORTH_SKIPPING = 1 / 16
 # FLOPs of the two products, below which looking takes longer than multiplying: an H100 does 4e9 in 5 µs.
 _WORTH_LOOKING = 4e9
+# The n:m of which any four neighbours hold two at most, as how many of four.
+_OF_FOUR = {(1, 4): 1, (2, 4): 2}
 # Backwards between two looks, at most. A look costs about 10 µs where a 1024 × 1024 layer of 16 k tokens
 # takes 100 (an estimate from bandwidths and launches, not a measurement).
 _LONGEST_PAUSE = 15
@@ -72,6 +75,20 @@ class DeviceLinear:
         self._tally.zero = self._tally.zero + (len(dy) - live.sum())
         return methods.largest(squares, live, keep, base)
 
+    def neighbours(
+        self, dy: Tensor, base: Tensor, method: Reuse, inputs: int
+    ) -> tuple[Neighbours, Neighbours] | None:
+        """Estimates of dY [N, O] for dX and dW that keep at most two of four neighbours of dY − P; None:
+        ``method`` keeps something else, or sparse tensor cores do not take it."""
+        ratio = method.phases[0][0]
+        if not isinstance(ratio, str) or parse_n_m(ratio) not in _OF_FOUR:
+            return None
+        if not semi_structured.usable(dy, inputs):
+            return None
+        _, live = on_device.row_stats(dy)
+        self._tally.zero = self._tally.zero + (len(dy) - live.sum())
+        return on_device.keep_of_four(dy, base.contiguous(), live, _OF_FOUR[parse_n_m(ratio)])
+
     def norms(self, dy: Tensor) -> Tensor:
         """‖dY_i‖ in float32, [N]; zero exactly where the row is."""
         squares, live = on_device.row_stats(dy)
@@ -108,23 +125,29 @@ class DeviceLinear:
         def by_triton() -> tuple[aten.DistinctRows | None, Tensor | None]:
             return on_device.backward(dy, x, w, *estimates, dw_transposed=dw_transposed)
 
+        def by_cusparselt() -> tuple[aten.DistinctRows | None, Tensor | None]:
+            return semi_structured.backward(x, w, for_dx, for_dw, dw_transposed=dw_transposed)
+
         wanted = [e for e, other in zip(estimates, (w, x), strict=True) if other is not None]
-        if not any(isinstance(e, Rows) and e.count is not None for e in wanted):
-            self.kernel = "aten"
-            return by_aten()
+        candidates = {"aten": by_aten}
+        if any(isinstance(e, Neighbours) for e in wanted):
+            candidates["cusparselt"] = by_cusparselt
+        elif any(isinstance(e, Rows) and e.count is not None for e in wanted):
+            candidates["triton"] = by_triton
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         key = (
             *(dy.device, dy.dtype, choice.bucket(len(dy)), dy.shape[1], inputs, x is None, w is None),
             *(dw_transposed, for_dx is for_dw, *map(self._describe, estimates)),
         )
-        self.kernel = choice.fastest(key, {"aten": by_aten, "triton": by_triton})
-        if self.kernel == "aten":
-            return by_aten()
-        self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted)
-        return by_triton()
+        self.kernel = choice.fastest(key, candidates) if len(candidates) > 1 else "aten"
+        if self.kernel == "triton":
+            self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted)
+        return candidates[self.kernel]()
 
     def _describe(self, estimate: Estimate) -> tuple[object, ...]:
         """What the time of a product depends on."""
+        if isinstance(estimate, Neighbours):
+            return ("n of 4", len(estimate.base))
         if not isinstance(estimate, Rows):
             return ("dense",)
         if estimate.padded:

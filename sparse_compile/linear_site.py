@@ -207,6 +207,8 @@ class LinearSite(Site):
         elif self._device is not None and self._device.can_reuse(dy, base, method):
             estimate = self._device.reuse(dy, base, method.keep)
             zero, estimates = 0, (estimate, estimate)
+        elif self._device is not None and (pair := self._device.neighbours(dy, base, method, self.shape[1])):
+            zero, estimates = 0, pair
         else:
             live = exact.live_rows(dy)
             zero = 0 if live is None else len(dy) - int(live.sum())

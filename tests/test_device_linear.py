@@ -26,6 +26,7 @@ METHODS = {
     "reuse, sample": Reuse(0.6, source="sample", refresh_every=2),
     "reuse, elements": Reuse(0.6, granularity="element"),
     "reuse, most rows": Reuse(0.1),
+    "reuse, 3:4": Reuse("3:4"),
     "sample": Sample(0.3),
     "sample, clip": Sample(0.3, clip=1.5),
     "sample dW": Sample(0.3, gradients="weight"),

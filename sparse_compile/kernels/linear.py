@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.rows import Estimate, Rows, written
 
 # dX [N, I] as (rows [N, I], index int64 [N]): row i of dX is rows[index[i]]. What reads dX gathers it. If the
 # index is None, the rows are dX.
@@ -48,6 +48,7 @@ def backward(
 ) -> tuple[DistinctRows | None, Tensor | None]:
     """(dX, dW), each from its own estimate of dY; None for the one whose other operand is None."""
     dx = dw = compact = None
+    for_dx, for_dw = written(for_dx), written(for_dw)
     if w is not None:
         if isinstance(for_dx, Rows):
             compact = gather(dy, for_dx)
@@ -114,6 +115,7 @@ def weight_gradient_of_rows(compact: Tensor, x: Tensor, rows: Rows, *, transpose
 
 def contracted(dy: Tensor, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
     """The rows [r, O] and [r, I] whose product is dW, for what is made of it by other ways than ATen's."""
+    estimate = written(estimate)
     if not isinstance(estimate, Rows):
         return estimate, x
     if estimate.padded:  # how many rows there are only the device knows; the rest are zero, and harmless

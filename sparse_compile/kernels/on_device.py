@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import triton
 from sparse_compile.kernels.linear import DistinctRows, input_gradient, sum_dropped, weight_gradient
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.rows import Estimate, Neighbours, Rows
 
 
 def usable(dy: Tensor) -> bool:
@@ -46,6 +46,14 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from sparse_compile.kernels.triton.row_stats import row_stats
 
     return row_stats(dy, base)
+
+
+def keep_of_four(dy: Tensor, base: Tensor, live: Tensor, keep: int) -> tuple[Neighbours, Neighbours]:
+    """Estimates of dY [N, O] that keep ``keep`` of every four features, and of every four rows, of dY − P."""
+    from sparse_compile.kernels.triton.neighbours import keep_of_four
+
+    of_features, of_rows = keep_of_four(dy, base, live, keep)
+    return Neighbours(of_features, base, live, False), Neighbours(of_rows, base, live, True)
 
 
 def live_queries(do: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.methods.rows import Estimate, Rows
+from sparse_compile.methods.rows import Estimate, Neighbours, Rows
 
 # Entries that are widened at a time, so that no float64 copy of a whole gradient is made.
 _CHUNK = 2**20
@@ -40,6 +40,9 @@ def energy_kept(dy: Tensor, estimate: Estimate) -> Tensor:
     """
     if isinstance(estimate, Rows):
         return _energy(dy.index_select(0, estimate.kept)) / _energy(dy)
+    if isinstance(estimate, Neighbours):
+        residual = estimate.residual.t() if estimate.transposed else estimate.residual
+        return energy_in(dy, residual != 0)
     return energy_in(dy, estimate == dy)
 
 

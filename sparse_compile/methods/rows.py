@@ -1,4 +1,4 @@
-"""An estimate of dY that has few distinct rows, which is what makes its products cheap."""
+"""Estimates of dY whose products are cheap: of few distinct rows, or pruned to a pattern that a GPU knows."""
 
 from __future__ import annotations
 
@@ -71,5 +71,34 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# An estimate of dY: few distinct rows, or written out, [N, O].
-Estimate = Rows | Tensor
+@dataclasses.dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Ŷ = S + P, where S keeps n of every four neighbours of dY − P; zero in the rows in which dY is.
+
+    Attributes:
+        residual: S, [N, O], pruned along the features; or, ``transposed``, [O, N], pruned along the rows.
+        base: P, [T, O].
+        live: bool [N], the rows of dY that are not zero.
+        transposed: which of the two.
+    """
+
+    residual: Tensor
+    base: Tensor
+    live: Tensor
+    transposed: bool
+
+    def dense(self) -> Tensor:
+        """Ŷ written out, [N, O]."""
+        residual = self.residual.t() if self.transposed else self.residual
+        samples = residual.reshape(-1, *self.base.shape)
+        alive = self.live.view(-1, len(self.base), 1)
+        return torch.where(alive, samples + self.base, 0.0).view(residual.shape)
+
+
+# An estimate of dY: few distinct rows, n of m neighbours, or written out, [N, O].
+Estimate = Rows | Neighbours | Tensor
+
+
+def written(estimate: Rows | Neighbours | Tensor) -> Rows | Tensor:
+    """An estimate as ATen's products take it."""
+    return estimate.dense() if isinstance(estimate, Neighbours) else estimate

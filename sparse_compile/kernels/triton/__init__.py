@@ -5,6 +5,7 @@ read, and the packing of what is saved for a backward.
     compaction.py        which rows are live  ►  an index buffer and a count
     input_gradient.py    gather–matmul, dX = dY · W over the rows in the buffer
     weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
+    neighbours.py        the n largest of every four neighbours of dY − P
     attention.py         attention's backward over the query rows in the buffer
     tiles.py             the tile sizes that these are tuned over
     select.py            the k-th largest magnitude of every sample

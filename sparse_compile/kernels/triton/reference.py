@@ -20,6 +20,29 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return residual.square().sum(1), (dy != 0).any(1)
 
 
+def keep_of_four(dy: Tensor, base: Tensor, live: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Of R = dY − P, zero where a row is not live: the largest of every 4 features, [N, O], and the largest
+    of every 4 rows, transposed, [O, N]. The last of a row or column may be fewer than 4.
+
+    Args:
+        dy: [N, O].
+        base: P, [T, O], T divides N.
+        live: bool [N].
+        keep: how many of four.
+    """
+    residual = dy.float() - base.float().repeat(len(dy) // len(base), 1)
+    residual = torch.where(live.unsqueeze(1), residual, 0.0)
+    found = []
+    for rows in (residual, residual.t().contiguous()):
+        pruned = torch.zeros_like(rows)
+        for start in range(0, rows.shape[1], 4):
+            group = rows[:, start : start + 4]
+            largest = group.abs().topk(min(keep, group.shape[1]), dim=1).indices
+            pruned[:, start : start + 4].scatter_(1, largest, group.gather(1, largest))
+        found.append(pruned.to(dy.dtype))
+    return found[0], found[1]
+
+
 def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows that are live, in order.
 

@@ -81,7 +81,7 @@ def build(
     others |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32"}
     others |= {"before": "*i64", "ones": "*i32", "mask": "*u8", "bits": "*i8"}
     others |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32", **(types or {})}
-    tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values"}
+    tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values", "of_features", "of_rows"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
     signature: dict[str, Any] = {}
@@ -164,13 +164,14 @@ def products() -> Iterator[Built]:
 
 def others() -> Iterator[Built]:
     """Statistics and compaction."""
-    from sparse_compile.kernels.triton import compaction, row_stats
+    from sparse_compile.kernels.triton import compaction, neighbours, row_stats
 
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
     chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
         ("row_stats", row_stats._row_stats, {**block, "BASED": False}, {}),
         ("live_rows", row_stats._live_rows, block, {}),
+        ("keep_of_four", neighbours._keep_of_four, {"KEEP": 2, "BLOCK": neighbours._BLOCK}, {}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}, {"num_warps": 16}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": False}, {"num_warps": 16}),
     ]
@@ -190,7 +191,14 @@ def others() -> Iterator[Built]:
 
 def odd_sizes() -> Iterator[Built]:
     """Everything once more for sizes that are ones, and for any, on one GPU with one tile."""
-    from sparse_compile.kernels.triton import compaction, input_gradient, row_stats, tiles, weight_gradient
+    from sparse_compile.kernels.triton import (
+        compaction,
+        input_gradient,
+        neighbours,
+        row_stats,
+        tiles,
+        weight_gradient,
+    )
 
     config = tiles.HALF[90][-1]
     tile = {**config.kwargs, "SCALED": True, "PRECISION": "ieee", "GROUP": 8}
@@ -200,6 +208,7 @@ def odd_sizes() -> Iterator[Built]:
         ("gather_reduce", weight_gradient._gather_reduce, tile),
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}),
         ("live_rows", row_stats._live_rows, block),
+        ("keep_of_four", neighbours._keep_of_four, {"KEEP": 2, "BLOCK": neighbours._BLOCK}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}),
     ]
     for (name, kernel, constants), sizes in itertools.product(kernels, ("ones", "any")):

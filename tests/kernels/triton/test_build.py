@@ -34,7 +34,7 @@ def built() -> list[Built]:
 
 
 def test_every_kernel_was_built_for_every_target(built: list[Built]) -> None:
-    kernels = {"gather_matmul", "gather_reduce", "row_stats", "live_rows", "compact"}
+    kernels = {"gather_matmul", "gather_reduce", "row_stats", "live_rows", "compact", "keep_of_four"}
     kernels |= {"count_digits", "choose_digit", "count_kept", "pack", "count_ones", "unpack"}
     kernels |= {"pack_bits", "unpack_bits", "prepare", "key_gradients", "query_gradients"}
     assert {(b.kernel, b.capability) for b in built} == {(name, c) for name in kernels for c in (80, 90)}
