@@ -11,7 +11,7 @@ prune:R[/WORD...]     Schedule(saved_activations=PruneSaved(R)); WORD is fp16, b
                       published); also joined by +
 +whole-forward        with Schedule(skip_unneeded=False), for instance exact+whole-forward
 +loss-only            with Schedule(skip_unneeded="loss")
-vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N or tau=T
+vcas[/WORD...]        sparse_compile, Schedule.vcas(); WORD is solve, freq=N, tau=T, or clip=C, clip=auto
 eager                 the model as it is, not compiled
 eager-resprop:R       the model not compiled, its nn.Linear swapped for eager_resprop.ReSpropLinear
 """
@@ -39,7 +39,7 @@ ALLOWED = (
     " [FIELD-]sample:KEEP[/clip=C|input|weight]"
     f" (FIELD is {' or '.join(FIELDS)}; several joined by +), prune:RATIO[/fp16|bf16|int8|plain],"
     f" +{', +'.join(FORWARDS)},"
-    " vcas[/solve|freq=N|tau=T], eager, eager-resprop:RATIO"
+    " vcas[/solve|freq=N|tau=T|clip=C], eager, eager-resprop:RATIO"
 )
 
 
@@ -153,6 +153,8 @@ def _vcas_option(name: str, word: str) -> tuple[str, str | float]:
         return "cal_var_freq", int(value)
     if key == "tau":
         return "act_tau", _number(name, value)
+    if key == "clip":
+        return "clip", value if value == "auto" else _number(name, value)
     raise ValueError(f"methods: {name!r} has the word {word!r}; allowed are {ALLOWED}")
 
 

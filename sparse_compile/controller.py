@@ -43,8 +43,9 @@ class Weight:
         squares: ‖g_b‖² of each sample, [B].
         sgd: its SGD variance.
         act: the variance that dropping samples would add.
-        rows: the variance that drawing rows would add.
+        rows: the variance that drawing rows would add, and the squared bias, if weights are capped.
         share: the smallest share of rows that would add little enough (only where shares are solved for).
+        cap: on the weights of drawn rows.
         block: name of the block whose samples are dropped, or None.
     """
 
@@ -53,6 +54,7 @@ class Weight:
     act: float
     rows: float
     share: float
+    cap: float
     block: str | None
 
 
@@ -72,6 +74,7 @@ class Controller:
         self.history: list[dict[str, Any]] = []
         self._sample_shares: dict[str, float] = {}
         self._row_shares: dict[str, float] = {}
+        self._caps: dict[str, float] = {}
         self._seen_blocks: dict[str, Block] = {}
         self._seen_weights: dict[str, Weight] = {}
         self._overflowed = False  # after some of it was seen
@@ -93,6 +96,10 @@ class Controller:
     def row_share(self, name: str) -> float:
         """The share of the rows that are not zero from which a weight gradient is computed."""
         return self._row_shares.get(name, 1.0)
+
+    def cap(self, name: str) -> float | None:
+        """The cap on the weights of the rows from which a weight gradient is computed; None: no cap."""
+        return self._caps.get(name)
 
     def observe_samples(self, name: str, norms: Tensor, draw: sample.Draw) -> None:
         """The gradient norms behind a block, [B]. Only the first batch of a step is looked at."""
@@ -125,8 +132,7 @@ class Controller:
             seen = self._seen_blocks[block]
             act = vcas.sampling_variance(squares, seen.p, dy, x)
             dy = dy * seen.weights.repeat_interleave(tokens).to(dy).unsqueeze(1)
-        rows, share = self._measure_rows(name, dy, x, sgd)
-        self._seen_weights[name] = Weight(squares, sgd, act, rows, share, block)
+        self._seen_weights[name] = Weight(squares, sgd, act, *self._measure_rows(name, dy, x, sgd), block)
 
     def _seen(self, name: str, seen: dict[str, Any]) -> bool:
         """Whether the step has shown it already. What a backward that overflowed has shown is forgotten as
@@ -140,27 +146,41 @@ class Controller:
         self._seen_weights.clear()
         self._overflowed = False
 
-    def _measure_rows(self, name: str, dy: Tensor, x: Tensor, sgd: float) -> tuple[float, float]:
-        """The variance that drawing rows adds at the present share, and the smallest share that may be."""
+    def _measure_rows(self, name: str, dy: Tensor, x: Tensor, sgd: float) -> tuple[float, float, float]:
+        """The error that drawing rows adds at the present share, the smallest share that may be, and the cap
+        on weights with which either holds."""
         if self.linear is None:
-            return 0.0, 1.0
+            return 0.0, 1.0, math.inf
         squares = vcas.row_squares(dy, x)
         live = int(squares.count_nonzero())
         if live == 0:
-            return 0.0, 1.0
+            return 0.0, 1.0, math.inf
+        clip = self.linear.clip
+        caps = vcas.CAPS if clip == "auto" else (math.inf if clip is None else float(clip),)
+        sketch = None if clip is None else vcas.Sketch.of(dy, x)
 
         def p(share: float) -> Tensor:
             return sample.probabilities(squares.sqrt(), number_kept(share, live))
 
-        rows = vcas.sampling_variance(squares, p(self.row_share(name)), dy, x)
+        def error(share: float, cap: float) -> float:
+            if sketch is None or cap == math.inf:
+                return vcas.flips_variance(squares, p(share))
+            return vcas.capped_error(squares, p(share), cap, sketch)
+
+        if clip is None:
+            rows, cap = vcas.sampling_variance(squares, p(self.row_share(name)), dy, x), math.inf
+        else:
+            rows, cap = min((error(self.row_share(name), cap), cap) for cap in caps)
         share = 1.0
         if self.linear.update == "solve":
-            allowed = self.linear.weight_tau * sgd
-            while share * live > 1 and (
-                vcas.flips_variance(squares, p(share * self.linear.ratio_step)) <= allowed
-            ):
-                share *= self.linear.ratio_step
-        return rows, share
+            cap = caps[0]
+            allowed, step = self.linear.weight_tau * sgd, self.linear.ratio_step
+            while share * live > 1:
+                within = next((c for c in caps if c <= cap and error(share * step, c) <= allowed), None)
+                if within is None:
+                    break
+                share, cap = share * step, within
+        return rows, share, cap
 
     def end_of_step(self, step: int) -> None:
         """New shares, if the step that ends was a measurement."""
@@ -177,6 +197,8 @@ class Controller:
         if self.linear is not None:
             for name, weight in weights.items():
                 self._row_shares[name] = self._next_row_share(self.linear, name, weight)
+            self._caps |= {name: weight.cap for name, weight in weights.items()}
+            self._caps = {name: cap for name, cap in self._caps.items() if cap < math.inf}
         self.history.append(
             {
                 "step": step,
@@ -186,6 +208,7 @@ class Controller:
                 "weight_variance": sum(weight.rows for weight in weights.values()),
                 "sample_shares": dict(self._sample_shares),
                 "row_shares": dict(self._row_shares),
+                "caps": dict(self._caps),
             }
         )
 
@@ -223,6 +246,7 @@ class Controller:
             "history": list(self.history),
             "sample_shares": dict(self._sample_shares),
             "row_shares": dict(self._row_shares),
+            "caps": dict(self._caps),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,6 +254,7 @@ class Controller:
         self.history = list(state["history"])
         self._sample_shares = dict(state["sample_shares"])
         self._row_shares = dict(state["row_shares"])
+        self._caps = dict(state.get("caps", {}))
 
 
 def _dropping(blocks: dict[str, Block], weights: list[Weight], shares: dict[str, float]) -> float:

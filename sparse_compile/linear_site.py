@@ -241,7 +241,8 @@ class LinearSite(Site):
         if isinstance(method, Adaptive):
             if self._device is not None:
                 live = int(norms.count_nonzero())  # the one count that a GPU is waited for
-            k, gradients, clip = number_kept(self._share(method), live), "weight", None
+            k, gradients = number_kept(self._share(method), live), "weight"
+            clip = self.controller.cap(self.name)
         else:
             k, gradients, clip = number_kept(self._share(method), len(dy)), method.gradients, method.clip
         for_dx = for_dw = None

@@ -105,8 +105,8 @@ class Report:
         schedule: of the backend.
         sites: one for each layer, in the order of the graphs.
         history: what adaptive sampling measured and decided, one entry for each measurement: ``step``, ``s``,
-            ``sgd_variance``, ``act_variance``, ``weight_variance``, and ``sample_shares`` and ``row_shares``
-            by site. Empty for other schedules.
+            ``sgd_variance``, ``act_variance``, ``weight_variance``, and ``sample_shares``, ``row_shares``
+            and ``caps`` by site. Empty for other schedules.
         saved: one for each kind of activation that is packed between forward and backward; empty without
             ``saved_activations``. What is saved as it is (statistics, say) is not counted.
         measurements: what a monitor found: how far approximate gradients are from the dense ones, with

@@ -94,6 +94,18 @@ def variance_of_rows(dy: Tensor, x: Tensor, q: list[float]) -> float:
     return total
 
 
+def error_of_capped_rows(dy: Tensor, x: Tensor, q: list[float], cap: float) -> float:
+    """E‖Ĝ − dYᵀ · X‖² of independent coin flips with probabilities q, where a drawn row counts min(1/q, cap)
+    times: the variance of each row, and what is missing on average of all of them together."""
+    variance, missing = 0.0, torch.zeros(dy.shape[1], x.shape[1], dtype=dy.dtype)
+    for row in range(len(dy)):
+        if q[row] > 0:
+            g, weight = torch.outer(dy[row], x[row]), min(1 / q[row], cap)
+            variance += q[row] * (1 - q[row]) * weight**2 * float(g.square().sum())
+            missing += (1 - q[row] * weight) * g
+    return variance + float(missing.square().sum())
+
+
 def variance_of_batches(gradients: list[Tensor]) -> float:
     """What the gradients g_b of B samples say of the variance of their sum over batches."""
     batch = len(gradients)

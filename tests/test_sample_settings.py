@@ -137,6 +137,19 @@ def test_where_that_is_no_name_is_refused(value):
         Sample(0.5, where=value)
 
 
+@pytest.mark.parametrize("value", [0.5, "none", True, float("nan"), -1])
+def test_adaptive_refuses_a_clip(value):
+    with refused(f"Sample.adaptive: clip is {value!r}; allowed is None, ", '"auto" or a number >= 1'):
+        Sample.adaptive(clip=value)
+
+
+@pytest.mark.parametrize(("clip", "stored"), [(None, None), ("auto", "auto"), (2, 2.0), (math.inf, None)])
+def test_adaptive_clip(clip, stored):
+    schedule = Schedule.vcas(clip=clip)
+    assert schedule.linear.clip == stored
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
 def test_adaptive_takes_no_share():
     with pytest.raises(TypeError, match="keep"):
         Sample.adaptive(keep=0.5)

@@ -8,7 +8,7 @@ import torch
 from sparse_compile import Sample, Schedule
 from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
-from sparse_compile.methods import exact
+from sparse_compile.methods import exact, sample
 
 SCHEDULE = Schedule(linear=Sample.adaptive())
 PHASE = SCHEDULE.at(1)  # no step that measures
@@ -45,6 +45,20 @@ def test_where_it_saves_time_it_is_done(share: float, width: int) -> None:
     assert not torch.allclose(dw, whole, rtol=0.01)
     assert (site.keep(PHASE), site.note(PHASE)) == (share, "")
     assert site.counters.rows_computed == round(share * 256)
+
+
+@pytest.mark.parametrize(("cap", "largest"), [(None, 2.0), (1.25, 1.25)])
+def test_weights_are_capped_as_the_controller_says(
+    cap: float | None, largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, drawn = site_with_share(0.5), []
+    caps = {} if cap is None else {"layer": cap}
+    site.controller.load_state_dict({**site.controller.state_dict(), "caps": caps})
+    rows = sample.rows
+    monkeypatch.setattr(sample, "rows", lambda *of: drawn.append(rows(*of)) or drawn[-1])
+    backward(site, 512)
+    (found,) = drawn
+    assert float(found.scale.max()) == pytest.approx(largest, rel=0.15 if cap is None else 1e-6)
 
 
 def test_before_anything_was_measured_there_is_nothing_to_explain() -> None:

@@ -28,6 +28,9 @@ class Adaptive:
         update: "step" takes one such step after each measurement, as the paper does; "solve" goes at once to
             the smallest shares that the measurement allows, which matters where training is short.
         where: which modules are the blocks; see `Sample`.
+        clip: cap on the weights 1/p of drawn rows, a number >= 1, or None for no cap; whole samples never
+            have one. Their bias then counts as variance does: `weight_tau` bounds the squared error. "auto"
+            chooses a cap for each weight gradient, the largest that allows the smallest share of rows.
 
     Raises:
         ValueError: a value is not among those above.
@@ -43,6 +46,7 @@ class Adaptive:
     smoothing: float = 0.6
     update: str = "step"
     where: str | None = None
+    clip: float | str | None = None
 
     def __post_init__(self) -> None:
         for field in ("act_tau", "weight_tau"):
@@ -58,6 +62,10 @@ class Adaptive:
             store(self, field, float(value))
         store(self, "cal_var_freq", integer("Sample.adaptive: cal_var_freq", self.cal_var_freq, at_least=1))
         store(self, "update", one_of("Sample.adaptive: update", self.update, UPDATES))
+        if self.clip is not None and self.clip != "auto":
+            if not is_number(self.clip) or not self.clip >= 1:
+                raise wrong("Sample.adaptive: clip", self.clip, 'None, "auto" or a number >= 1')
+            store(self, "clip", None if self.clip == float("inf") else float(self.clip))
         if self.where is not None and (not isinstance(self.where, str) or not self.where):
             raise wrong(
                 "Sample.adaptive: where", self.where, "None, a class name or a pattern of module paths"

@@ -265,3 +265,48 @@ def test_updates_in_a_row_are_the_papers(seed):
         assert nu == pytest.approx(paper.nu["w"], abs=1e-12)
     assert down > 5
     assert up > 5
+
+
+# Caps
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.5, 3.0])
+def test_capped_error_is_the_mean_over_draws(cap):
+    """Of coin flips; the bias of it is a good part, and rows without a gradient have none."""
+    dy, x = normal(30, 4) * uneven(30).unsqueeze(1) + 0.3, normal(30, 3, seed=1) + 0.5
+    dy[5] = 0
+    squares = vcas.row_squares(dy, x)
+    p = sample.probabilities(squares.sqrt(), 8)
+    found = vcas.capped_error(squares, p, cap, vcas.Sketch.of(dy, x))
+    assert found == pytest.approx(reference.error_of_capped_rows(dy, x, p.tolist(), cap))
+    drawn = torch.rand(DRAWS, 30, generator=torch.Generator().manual_seed(2), dtype=F64) < p
+    weights = torch.where(drawn, (1 / p).clamp(max=cap), 0.0)
+    outer = torch.einsum("no,ni->noi", dy, x).flatten(1)
+    errors = ((weights - 1) @ outer).square().sum(1)
+    assert float(errors.mean()) == pytest.approx(found, rel=0.05)
+
+
+def test_without_a_cap_the_error_is_the_variance():
+    dy, x = normal(30, 4) * uneven(30).unsqueeze(1), normal(30, 3, seed=1)
+    squares = vcas.row_squares(dy, x)
+    p = sample.probabilities(squares.sqrt(), 8)
+    found = vcas.capped_error(squares, p, 1e9, vcas.Sketch.of(dy, x))
+    assert found == pytest.approx(vcas.flips_variance(squares, p))
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0])
+def test_a_sketch_estimates_norms_of_sums(common):
+    """Of sums with a single direction, the hardest, and with many; and it is the same one each time."""
+    found = []
+    for seed in range(40):
+        dy = normal(60, 200, seed=seed) + common * normal(1, 200, seed=seed + 100)
+        x = normal(60, 150, seed=seed + 200) + common * normal(1, 150, seed=seed + 300)
+        factors = torch.rand(60, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        sketch = vcas.Sketch.of(dy, x)
+        assert sketch.dy.shape == sketch.x.shape == (60, 32)
+        estimate = sketch.square(factors)
+        assert estimate == vcas.Sketch.of(dy, x).square(factors)
+        found.append(estimate / float((factors.unsqueeze(1) * dy).t().mm(x).square().sum()))
+    ratios = torch.tensor(found)
+    assert float(ratios.std()) < 0.6
+    assert abs(float(ratios.mean()) - 1) < 3 * float(ratios.std()) / math.sqrt(len(ratios))
