@@ -41,7 +41,7 @@ class LinearSite(Site):
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
-        self._unneeded: dict[Use, tuple[int, int]] = {}  # rows and FLOPs, until the backward counts them
+        self._needed: dict[Use, Tensor] = {}  # the rows that the forward computed, until its backward
         self._looks = Looks(_LONGEST_PAUSE)
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
@@ -60,10 +60,9 @@ class LinearSite(Site):
         """
         rows = None if self.left_alone else needed.nonzero().squeeze(1)
         if rows is None or len(rows) > kernel.DENSE_SHARE * len(x):
-            self._unneeded[use] = (0, 0)
+            self._needed.pop(use, None)
             return torch.nn.functional.linear(x, w, bias)
-        skipped = len(x) - len(rows)
-        self._unneeded[use] = (skipped, 2 * skipped * w.numel())
+        self._needed[use] = rows
         return kernel.forward(x, w, bias, rows)
 
     def linear_backward(
@@ -90,15 +89,17 @@ class LinearSite(Site):
             use: whose base it is.
             handed_over: give dW to ``rotated``, and return None for it.
         """
-        self._count_forward(*self._unneeded.pop(use, (0, 0)))
+        needed = self._needed.pop(use, None)
         operands = (dy.shape, x is None, w is None)
         without_method = phase is None or phase.linear is None or bool(self.held_back)
-        if operands == self._nothing_to_ask and without_method and not self._looks.due():
+        if operands == self._nothing_to_ask and without_method and needed is None and not self._looks.due():
             # As the last time. To ask all of the below takes 0.1 ms, since none of it is in the cache.
             self._count(0, [dy.shape[0]] * ((x is not None) + (w is not None)))
             return kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
         (n, outputs), inputs = dy.shape, next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, outputs)
+        if needed is not None:
+            self._count_forward(n - len(needed))
         if self._device is None and on_device.usable(dy):
             self._device = DeviceLinear()
         measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
@@ -110,13 +111,13 @@ class LinearSite(Site):
             zero, estimates = 0, (dy, dy)
         elif method is None or self._share(method) == 1.0 or not self._pays(method):
             self.method = "exact"
-            zero, estimates = self._exactly(dy)
+            zero, estimates = self._exactly(dy, needed)
         elif isinstance(method, Reuse):
             self.method = method.method
-            zero, estimates = self._reuse(dy, tokens, method, use)
+            zero, estimates = self._reuse(dy, tokens, method, use, needed)
         else:
             self.method = method.method
-            zero, estimates = self._sample(dy, x, method, use)
+            zero, estimates = self._sample(dy, x, method, use, needed)
         for_dx, for_dw = estimates
         rotating = handed_over and self.rotated is not None and self.rotated.entries is not None
         wanted = ((for_dx, w), (for_dw, x))
@@ -185,11 +186,20 @@ class LinearSite(Site):
         skipped = rows - number_kept(self._share(method), rows)
         return skipped >= exact.fewest_to_skip(rows, inputs, outputs, products=1)
 
-    def _exactly(self, dy: Tensor) -> tuple[int, Estimates]:
-        """The number of rows skipped as zero, as far as the host knows, and dY without them."""
+    def _exactly(self, dy: Tensor, needed: Tensor | None = None) -> tuple[int, Estimates]:
+        """The number of rows skipped as zero, as far as the host knows, and dY without them.
+
+        Args:
+            dy: [N, O].
+            needed: the rows that the forward needed, int64; what no output depends on has no gradient.
+        """
         if self._device is not None:
             estimate = self._device.live_rows(dy, self.shape[1])
             return 0, (dy, dy) if estimate is None else (estimate, estimate)
+        if needed is not None:
+            rows = Rows(exact.live_among(dy, needed))
+            enough = len(dy) - rows.computed >= exact.fewest_to_skip(*self.shape)
+            return (len(dy) - rows.computed, (rows, rows)) if enough else (0, (dy, dy))
         if not self._looks.due():
             return 0, (dy, dy)
         live = exact.live_rows(dy, exact.fewest_to_skip(*self.shape))
@@ -199,11 +209,13 @@ class LinearSite(Site):
         rows = exact.rows(live)
         return len(dy) - rows.computed, (rows, rows)
 
-    def _reuse(self, dy: Tensor, tokens: int, method: Reuse, use: Use) -> tuple[int, Estimates]:
+    def _reuse(
+        self, dy: Tensor, tokens: int, method: Reuse, use: Use, needed: Tensor | None
+    ) -> tuple[int, Estimates]:
         """Estimate dY by reuse, and remember it as the schedule says."""
         base = self._memory.recall(use, dy, tokens)
         if base is None:
-            zero, estimates = self._exactly(dy)
+            zero, estimates = self._exactly(dy, needed)
         elif self._device is not None and self._device.can_reuse(dy, base, method):
             estimate = self._device.reuse(dy, base, method.keep)
             zero, estimates = 0, (estimate, estimate)
@@ -225,7 +237,7 @@ class LinearSite(Site):
         return zero, estimates
 
     def _sample(
-        self, dy: Tensor, x: Tensor | None, method: Sample | Adaptive, use: Use
+        self, dy: Tensor, x: Tensor | None, method: Sample | Adaptive, use: Use, needed: Tensor | None
     ) -> tuple[int, Estimates]:
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
         choose = sample.rows
@@ -253,7 +265,7 @@ class LinearSite(Site):
             for_dw = choose(scores, k, clip, draw)
         zero = len(dy) - live
         if for_dx is None or for_dw is None:  # a product that is not sampled, or not asked for
-            _, (exactly, _) = self._exactly(dy) if zero or self._device else (0, (dy, dy))
+            _, (exactly, _) = self._exactly(dy, needed) if zero or self._device else (0, (dy, dy))
             return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
         return zero, (for_dx, for_dw)
 
@@ -278,10 +290,11 @@ class LinearSite(Site):
             seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
         telemetry.observe(self.name, self.method, seen)
 
-    def _count_forward(self, unneeded: int, flops: int) -> None:
+    def _count_forward(self, unneeded: int) -> None:
         """Take off the rows that the forward of this backward did not compute."""
+        _, inputs, outputs = self.shape
         self.counters.rows_unneeded += unneeded
-        self.counters.flops_forward -= flops
+        self.counters.flops_forward -= 2 * unneeded * inputs * outputs
 
     def _count(self, zero: int, computed: list[int]) -> None:
         """Count a backward with so many zero rows, and so many rows computed in each of its products."""

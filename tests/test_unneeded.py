@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_compile import PruneSaved, Reuse, Sample, Schedule, SparseBackend, sparse_backend
+from sparse_compile.methods import exact
 
 SAMPLES, TOKENS, WIDTH, LENGTH = 4, 16, 64, 5  # LENGTH tokens of each sample are real
 ROWS, PRODUCT = SAMPLES * TOKENS, 2 * SAMPLES * TOKENS * WIDTH * WIDTH
@@ -93,6 +94,45 @@ def test_the_report_counts_each_row_once(forwards, calls, checkpointed):
     assert totals["flops"] == totals["flops_forward"] + totals["flops_backward"]
     assert totals["flops_forward"] < 0.4 * totals["flops_forward_dense"]
     assert "69%" in str(backend.report())
+
+
+def test_the_backward_does_not_look_for_what_the_forward_has_left_out(monkeypatch):
+    """Nor does it compute it: no output depends on those rows, so there is no gradient in them."""
+    looked = []
+    look = exact.live_rows
+    monkeypatch.setattr(exact, "live_rows", lambda dy, *rest: looked.append(len(dy)) or look(dy, *rest))
+    model = Net()
+    gradients, backend = train(None, model)
+    torch.testing.assert_close(gradients, eager(model))
+    assert looked == [SAMPLES], "the head, whose rows are all needed"
+    assert [sites(backend)[name].rows_skipped for name in ("up", "down")] == [UNNEEDED] * 2
+
+
+def test_rows_that_the_forward_needs_and_that_have_no_gradient_are_still_skipped():
+    """As those of a sample whose loss has weight zero."""
+
+    class Weighted(Net):
+        def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+            h = (self.body(x) * shown.unsqueeze(-1)).sum(1)
+            return (self.head(h).square().mean(1) * torch.tensor([1.0, 0.0, 1.0, 1.0])).sum()
+
+    model = Weighted()
+    gradients, backend = train(None, model)
+    torch.testing.assert_close(gradients, eager(model))
+    for name in ("up", "down"):
+        assert sites(backend)[name].rows_unneeded == UNNEEDED
+        assert sites(backend)[name].rows_skipped == UNNEEDED + LENGTH
+
+
+def test_a_second_backward_of_one_forward_looks_for_itself():
+    model = Net()
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
+    loss = torch.compile(model, backend=backend)(*batch())
+    with torch._functorch.config.patch(donated_buffer=False):
+        loss.backward(retain_graph=True)
+        loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    torch.testing.assert_close(found, {name: 2 * gradient for name, gradient in eager(model).items()})
 
 
 def test_without_a_backward_nothing_is_counted():

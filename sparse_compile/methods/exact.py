@@ -38,6 +38,20 @@ def live_rows(dy: Tensor, fewest: int = 1) -> Tensor | None:
     return _look_closer((probe != 0).any(1), dy, fewest)
 
 
+def live_among(dy: Tensor, rows: Tensor) -> Tensor:
+    """Of the row numbers ``rows``, int64, those whose row of ``dy`` [N, O] holds anything but zeros."""
+    undecided = (dy[:, :_PROBE_COLUMNS].index_select(0, rows) == 0).all(1)
+    count = int(undecided.sum())
+    if count == 0:
+        return rows
+    if count <= _FEW * len(rows):
+        live = ~undecided
+        live[undecided] = _any(dy.index_select(0, rows[undecided]), 1)
+    else:
+        live = _any(dy, 1).index_select(0, rows)
+    return rows[live]
+
+
 def live_queries(do: Tensor, fewest: int = 1) -> Tensor | None:
     """Which query rows of ``do`` [B, H, T, D] hold anything but zeros in any head: bool [B, T], or None if
     fewer than ``fewest`` do not."""

@@ -46,6 +46,29 @@ def test_all_live_is_none():
     assert exact.live_rows(gradient()) is None
 
 
+@pytest.mark.parametrize(
+    "dead", [(), (2,), (2, 4, 5, 8), (0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11), tuple(range(12))]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_among_others(dead, dtype):
+    """Rows that nobody names are not looked at, whatever they hold."""
+    dy = gradient(dtype=dtype)
+    dy[list(dead)] = 0
+    dy[4, :8], dy[4, 15] = 0, SMALLEST[dtype]
+    dy[5, :] = -0.0
+    rows = torch.tensor([1, 2, 4, 5, 7, 8, 11])
+    live = live_by_definition(dy)
+    assert exact.live_among(dy, rows).tolist() == [int(row) for row in rows if live[row]]
+    assert exact.live_among(dy, rows[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_live_among_others(value):
+    dy = torch.zeros(12, 20)
+    dy[3, 17] = value
+    assert exact.live_among(dy, torch.tensor([2, 3, 5])).tolist() == [3]
+
+
 def test_none_live():
     assert exact.live_rows(torch.zeros(5, 9)).tolist() == [False] * 5
 
