@@ -30,8 +30,9 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/mypy
 	$(BIN)/mypy examples/*.py
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+# A file's tests share fixtures that are dear to make, so a file stays with one process.
+test: $(STAMP) ## Run the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 train: $(STAMP) ## Fine-tune MiniLM on movie reviews, dense against sparse; writes result.png
 	$(BIN)/python examples/finetune_reviews.py $(ARGS)

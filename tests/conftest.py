@@ -20,6 +20,9 @@ with warnings.catch_warnings():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._inductor.compile_fx
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they would get in each other's way
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 TUNED = ("_half", "_single")  # kernels, by dtype
 
 
