@@ -42,6 +42,7 @@ class LinearSite(Site):
         self._memory = Memory()
         self._draws = 0
         self._needed: dict[Use, Tensor] = {}  # the rows that the forward computed, until its backward
+        self._live: int | None = None  # rows that were not zero at the last look
         self._looks = Looks(_LONGEST_PAUSE)
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
@@ -179,11 +180,13 @@ class LinearSite(Site):
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
         """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A share
-        that the user has fixed is kept to. (The costs are those of a CPU, on every device.)"""
+        that the user has fixed is kept to. What exact skips, sampling cannot save once more. (The costs are
+        those of a CPU, on every device.)"""
         if not isinstance(method, Adaptive) or not self.shape or self._share(method) == 1.0:
             return True
         rows, inputs, outputs = self.shape
-        skipped = rows - number_kept(self._share(method), rows)
+        live = rows if self._live is None else min(rows, self._live)
+        skipped = live - number_kept(self._share(method), live)
         return skipped >= exact.fewest_to_skip(rows, inputs, outputs, products=1)
 
     def _exactly(self, dy: Tensor, needed: Tensor | None = None) -> tuple[int, Estimates]:
@@ -196,8 +199,10 @@ class LinearSite(Site):
         if self._device is not None:
             estimate = self._device.live_rows(dy, self.shape[1])
             return 0, (dy, dy) if estimate is None else (estimate, estimate)
+        self._live = len(dy)
         if needed is not None:
             rows = Rows(exact.live_among(dy, needed))
+            self._live = rows.computed
             enough = len(dy) - rows.computed >= exact.fewest_to_skip(*self.shape)
             return (len(dy) - rows.computed, (rows, rows)) if enough else (0, (dy, dy))
         if not self._looks.due():
@@ -207,6 +212,7 @@ class LinearSite(Site):
         if live is None:
             return 0, (dy, dy)
         rows = exact.rows(live)
+        self._live = rows.computed
         return len(dy) - rows.computed, (rows, rows)
 
     def _reuse(
@@ -245,7 +251,7 @@ class LinearSite(Site):
             norms = torch.linalg.vector_norm(dy, dim=1, dtype=wide(dy.dtype))
             if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
                 return 0, (dy, dy)
-            live = int(norms.count_nonzero())
+            live = self._live = int(norms.count_nonzero())
         else:
             norms, choose, live = self._device.norms(dy), self._device.draw, len(dy)
         draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
@@ -325,12 +331,14 @@ class LinearSite(Site):
         self._memory.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._memory.state_dict(), "draws": self._draws, "looks": self._looks.state()}
+        own = {"draws": self._draws, "looks": self._looks.state(), "live": self._live}
+        return {**self._memory.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state)
         self._draws = state.get("draws", 0)
         self._looks.load(state.get("looks", [0, 0]))
+        self._live = state.get("live")
 
 
 def _is_exact(estimate: Estimate, dy: Tensor) -> bool:

@@ -47,6 +47,23 @@ def test_where_it_saves_time_it_is_done(share: float, width: int) -> None:
     assert site.counters.rows_computed == round(share * 256)
 
 
+@pytest.mark.parametrize(("dead", "method"), [(0.0, "adaptive"), (0.8, "exact")])
+def test_rows_that_are_zero_anyhow_are_nothing_that_sampling_saves(dead: float, method: str) -> None:
+    """Half of all rows would pay, and half of a fifth does not."""
+    site = site_with_share(0.5)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        dy, x = (torch.randn(256, 512, generator=generator) for _ in range(2))
+        dy[torch.randperm(256, generator=generator)[: round(dead * 256)]] = 0
+        _, dw = site.linear_backward(dy, x, None, tokens=16, dw_transposed=False, phase=PHASE)
+    assert site.method == method
+    assert torch.allclose(dw, dy.t() @ x, atol=1e-4) == (method == "exact")
+    resumed = site_with_share(0.5)
+    resumed.load_state_dict(site.state_dict())
+    resumed.linear_backward(dy, x, None, tokens=16, dw_transposed=False, phase=PHASE)
+    assert resumed.method == method, "in its first backward, too"
+
+
 @pytest.mark.parametrize(("cap", "largest"), [(None, 2.0), (1.25, 1.25)])
 def test_weights_are_capped_as_the_controller_says(
     cap: float | None, largest: float, monkeypatch: pytest.MonkeyPatch
