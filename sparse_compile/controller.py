@@ -170,7 +170,10 @@ class Controller:
         if clip is None:
             rows, cap = vcas.sampling_variance(squares, p(self.row_share(name)), dy, x), math.inf
         else:
-            rows, cap = min((error(self.row_share(name), cap), cap) for cap in caps)
+            errors = {cap: error(self.row_share(name), cap) for cap in caps}
+            # Of those that are equal up to rounding, the first, which is the least biased.
+            cap = next(c for c in caps if errors[c] <= min(errors.values()) + 1e-9 * sgd)
+            rows = errors[cap]
         share = 1.0
         if self.linear.update == "solve":
             cap = caps[0]

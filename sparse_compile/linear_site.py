@@ -42,7 +42,7 @@ class LinearSite(Site):
         self._memory = Memory()
         self._draws = 0
         self._needed: dict[Use, Tensor] = {}  # the rows that the forward computed, until its backward
-        self._live: int | None = None  # rows that were not zero at the last look
+        self._live: int | None = None  # rows that the last backward did not find to be zero
         self._looks = Looks(_LONGEST_PAUSE)
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
@@ -329,6 +329,7 @@ class LinearSite(Site):
 
     def forget(self) -> None:
         self._memory.clear()
+        self._needed.clear()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"draws": self._draws, "looks": self._looks.state(), "live": self._live}

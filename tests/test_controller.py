@@ -6,67 +6,11 @@ import math
 import pytest
 import reference_vcas as reference
 import torch
+from recorded import BATCH, BLOCKS, F64, TOKENS, WEIGHTS, Recorded, count, observe, per_item
 
 from sparse_compile import Sample, Schedule, sparse_backend
 from sparse_compile.controller import Controller
-from sparse_compile.methods import sample, vcas
-
-F64 = torch.float64
-BATCH, TOKENS = 16, 3
-BLOCKS = ["layer.0", "layer.1", "layer.2"]
-WEIGHTS = [f"{block}.{name}" for block in BLOCKS for name in ("up", "down")]
-
-
-class Recorded:
-    """What the backward of one step would show, in the order of a backward, drawn at random.
-
-    Attributes:
-        head: (dY, X) of a linear behind the last block.
-        norms: of the samples behind each block.
-        linears: (dY, X) of each weight, [N, O] and [N, I].
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
-        scale = self._normal(BATCH, 1, 1).exp()
-        self.head = self._linear(scale)
-        self.norms = {block: scale.flatten() * self._normal(BATCH).mul(0.3).exp() for block in BLOCKS}
-        self.linears = {name: self._linear(scale) for name in WEIGHTS}
-
-    def _normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self._generator, dtype=F64)
-
-    def _linear(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        common = 0.5 * self._normal(1, TOKENS, 4)
-        dy = (common + self._normal(BATCH, TOKENS, 4)) * scale * self._normal(BATCH, TOKENS, 1).exp()
-        dy[:, -1] = 0  # padding
-        return dy.flatten(0, 1), self._normal(BATCH * TOKENS, 5)
-
-    def draw(self, block: str) -> sample.Draw:
-        return sample.Draw(f"{self.seed} {block}")
-
-    def show(self, controller: Controller) -> None:
-        observe(controller, "head", *self.head)
-        for block in reversed(BLOCKS):
-            controller.observe_samples(block, self.norms[block], self.draw(block))
-            for name in reversed(WEIGHTS):
-                if name.startswith(block):
-                    observe(controller, name, *self.linears[name])
-
-
-def observe(controller: Controller, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
-    controller.observe_rows(name, dy, x, dy.t() @ x, TOKENS)
-
-
-def per_item(dy: torch.Tensor, x: torch.Tensor, rows_each: int) -> list[torch.Tensor]:
-    """The gradient of every item of some rows each, by outer products."""
-    outer = [torch.outer(dy[i], x[i]) for i in range(len(dy))]
-    return [sum(outer[i : i + rows_each]) for i in range(0, len(dy), rows_each)]
-
-
-def count(share: float, total: int) -> int:
-    return max(1, math.floor(share * total + 0.5))
+from sparse_compile.methods import sample
 
 
 def update(paper: reference.Paper, seen: Recorded) -> tuple[float, float, float]:
@@ -186,66 +130,6 @@ def test_solved_row_shares_are_the_smallest_that_their_bound_allows(tau):
         assert 0.05 < share < 1
         assert added(share) <= allowed
         assert added(share * 0.95) > allowed
-
-
-@pytest.mark.parametrize("clip", [1.5, 4.0, "auto"])
-@pytest.mark.parametrize("tau", [0.005, 0.02, 0.05])
-def test_solved_shares_with_a_cap_are_the_smallest_that_the_squared_error_allows(tau, clip):
-    controller = Controller(Schedule(linear=Sample.adaptive(update="solve", weight_tau=tau, clip=clip)))
-    seen = Recorded(0)
-    seen.show(controller)
-    controller.end_of_step(0)
-    chosen = set()
-    for name, (dy, x) in {"head": seen.head, **seen.linears}.items():
-        scores = [float(g.norm()) for g in per_item(dy, x, 1)]
-        live = sum(score > 0 for score in scores)
-        allowed = tau * reference.variance_of_batches(per_item(dy, x, TOKENS))
-        share, cap = controller.row_share(name), controller.cap(name) or math.inf
-        chosen.add(cap)
-
-        def error(share, cap, dy=dy, x=x, scores=scores, live=live):
-            q = reference.keep_probabilities(scores, count(share, live))
-            return reference.error_of_capped_rows(dy, x, q, cap)
-
-        assert 1 / live < share < 1
-        assert error(share, cap) <= allowed
-        caps = vcas.CAPS if clip == "auto" else [clip]
-        assert min(error(share * 0.95, c) for c in caps if c <= cap) > allowed
-        assert all(error(share, c) > allowed for c in caps if c > cap), "a larger cap has less bias"
-    assert len(chosen) > 1 or clip != "auto"
-
-
-def test_a_cap_that_is_chosen_allows_a_smaller_share():
-    shares = []
-    for clip in (None, "auto"):
-        controller = Controller(Schedule(linear=Sample.adaptive(update="solve", weight_tau=0.1, clip=clip)))
-        Recorded(0).show(controller)
-        controller.end_of_step(0)
-        shares.append([controller.row_share(name) for name in WEIGHTS])
-        assert all(controller.cap(name) is None for name in WEIGHTS) == (clip is None)
-    assert all(capped <= free for free, capped in zip(*shares, strict=True))
-    assert sum(shares[1]) < 0.97 * sum(shares[0])
-
-
-def test_by_steps_the_cap_is_that_of_the_least_error_at_the_present_share():
-    """And the share goes up or down by that error."""
-    controller = Controller(Schedule(linear=Sample.adaptive(weight_tau=0.1, clip="auto")))
-    share = dict.fromkeys(["head", *WEIGHTS], 1.0)
-    for step in range(40):
-        seen = Recorded(step)
-        seen.show(controller)
-        controller.end_of_step(step)
-        for name, (dy, x) in {"head": seen.head, **seen.linears}.items():
-            scores = [float(g.norm()) for g in per_item(dy, x, 1)]
-            live = sum(score > 0 for score in scores)
-            q = reference.keep_probabilities(scores, count(share[name], live))
-            errors = {cap: reference.error_of_capped_rows(dy, x, q, cap) for cap in vcas.CAPS}
-            cap = min(errors, key=errors.__getitem__)
-            assert errors[controller.cap(name) or math.inf] == pytest.approx(errors[cap])
-            allowed = 0.1 * reference.variance_of_batches(per_item(dy, x, TOKENS))
-            share[name] = min(1.0, share[name] / 0.95) if errors[cap] > allowed else share[name] * 0.95
-            assert controller.row_share(name) == pytest.approx(share[name])
-    assert min(share.values()) < 0.5
 
 
 def test_solving_where_nothing_is_affordable_stays_exact():

@@ -8,6 +8,7 @@ movie-review snippets padded to 64 tokens: 62 % of all rows over a 6-layer BERT.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_compile.methods.rows import Rows
@@ -40,16 +41,10 @@ def live_rows(dy: Tensor, fewest: int = 1) -> Tensor | None:
 
 def live_among(dy: Tensor, rows: Tensor) -> Tensor:
     """Of the row numbers ``rows``, int64, those whose row of ``dy`` [N, O] holds anything but zeros."""
-    undecided = (dy[:, :_PROBE_COLUMNS].index_select(0, rows) == 0).all(1)
-    count = int(undecided.sum())
-    if count == 0:
-        return rows
-    if count <= _FEW * len(rows):
-        live = ~undecided
-        live[undecided] = _any(dy.index_select(0, rows[undecided]), 1)
-    else:
-        live = _any(dy, 1).index_select(0, rows)
-    return rows[live]
+    decided = torch.ones(len(dy), dtype=torch.bool, device=dy.device)
+    decided[rows] = (dy[:, :_PROBE_COLUMNS].index_select(0, rows) != 0).any(1)
+    live = _look_closer(decided, dy, 1)
+    return rows if live is None else rows[live[rows]]
 
 
 def live_queries(do: Tensor, fewest: int = 1) -> Tensor | None:

@@ -41,8 +41,7 @@ def energy_kept(dy: Tensor, estimate: Estimate) -> Tensor:
     if isinstance(estimate, Rows):
         return _energy(dy.index_select(0, estimate.kept)) / _energy(dy)
     if isinstance(estimate, Neighbours):
-        residual = estimate.residual.t() if estimate.transposed else estimate.residual
-        return energy_in(dy, residual != 0)
+        return energy_in(dy, estimate.kept != 0)
     return energy_in(dy, estimate == dy)
 
 

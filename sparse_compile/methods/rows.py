@@ -87,18 +87,22 @@ class Neighbours:
     live: Tensor
     transposed: bool
 
+    @property
+    def kept(self) -> Tensor:
+        """S, [N, O]."""
+        return self.residual.t() if self.transposed else self.residual
+
     def dense(self) -> Tensor:
         """Ŷ written out, [N, O]."""
-        residual = self.residual.t() if self.transposed else self.residual
-        samples = residual.reshape(-1, *self.base.shape)
+        samples = self.kept.reshape(-1, *self.base.shape)
         alive = self.live.view(-1, len(self.base), 1)
-        return torch.where(alive, samples + self.base, 0.0).view(residual.shape)
+        return torch.where(alive, samples + self.base, 0.0).view(self.kept.shape)
 
 
-# An estimate of dY: few distinct rows, n of m neighbours, or written out, [N, O].
+# An estimate of dY: few distinct rows, n of four neighbours, or written out, [N, O].
 Estimate = Rows | Neighbours | Tensor
 
 
-def written(estimate: Rows | Neighbours | Tensor) -> Rows | Tensor:
+def written(estimate: Estimate) -> Rows | Tensor:
     """An estimate as ATen's products take it."""
     return estimate.dense() if isinstance(estimate, Neighbours) else estimate

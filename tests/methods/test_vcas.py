@@ -308,5 +308,5 @@ def test_a_sketch_estimates_norms_of_sums(common):
         assert estimate == vcas.Sketch.of(dy, x).square(factors)
         found.append(estimate / float((factors.unsqueeze(1) * dy).t().mm(x).square().sum()))
     ratios = torch.tensor(found)
-    assert float(ratios.std()) < 0.6
+    assert float(ratios.std()) < 0.5  # of a single direction: sqrt(2 · 2 / 32 + 4 / 32²) = 0.36
     assert abs(float(ratios.mean()) - 1) < 3 * float(ratios.std()) / math.sqrt(len(ratios))
