@@ -42,6 +42,7 @@ def rewrite(
     handed_over: Collection[str] = (),
     dx_whole: bool = False,
     skip_unneeded: bool | Literal["loss"] = True,
+    compact: bool = False,
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
@@ -55,6 +56,7 @@ def rewrite(
         dx_whole: the schedule approximates no linear, and their dX are written whole (`passes/linear.py`).
         skip_unneeded: rows of the forward that nothing needs are not computed either (`passes/needed.py`);
             with "loss", nothing but the loss needs any.
+        compact: nor are they carried from op to op (`passes/compact.py`).
 
     Returns:
         A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
@@ -83,8 +85,11 @@ def rewrite(
     # When nothing looks for the forward's products any more.
     if skip_unneeded:
         loss_only = skip_unneeded == "loss"
-        forwards = rewrite_forwards(graph, list(backwards), token=token, below=below, loss_only=loss_only)
-        ops |= {forward: ops[backwards[product]] for product, forward in forwards.items()}
+        forwards, replaced = rewrite_forwards(
+            graph, backwards, token=token, below=below, loss_only=loss_only, compact=compact
+        )
+        ops |= {forward: ops[backward] for forward, backward in forwards.items()}
+        ops = {replaced.get(op, op): record for op, record in ops.items()}
     # After the linears, so that their inputs have one reader each; it makes no site.
     packed = pack_saved(graph, method=saved, below=below) if saved is not None else []
 
@@ -109,7 +114,7 @@ def source_hash() -> str:
     """A hash of what a rewritten graph depends on, for the keys of compile caches: the passes' own source,
     the ops that they insert and the form of the manifest."""
     package = Path(sites.__file__).parent
-    ours = ("ops.py", "pack_ops.py", "sites.py", "methods/prune.py")
+    ours = ("ops.py", "pack_ops.py", "lowerings.py", "sites.py", "methods/prune.py")
     paths = [*sorted(Path(__file__).parent.glob("*.py")), *(package / name for name in ours)]
     sources = [path.read_bytes() for path in paths]
     return hashlib.sha256(b"\0".join([torch.__version__.encode(), *sources])).hexdigest()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.compact import compact_rows
 from sparse_compile.passes.linear import NO_SITE
 from sparse_compile.passes.masks import Masks
 from sparse_compile.passes.needed import rows_needed
@@ -21,33 +22,40 @@ aten = torch.ops.aten
 
 def rewrite_forwards(
     graph: Graph,
-    linears: list[Node],
+    linears: dict[Node, Node],
     *,
     token: Node,
     below: dict[Node, frozenset[str]],
     loss_only: bool = False,
-) -> dict[Node, Node]:
+    compact: bool = False,
+) -> tuple[dict[Node, Node], dict[Node, Node]]:
     """Rewrite the forward products of linears, as far as rows of them are not needed.
 
     Args:
         graph: the joint graph, changed in place.
-        linears: the forward products whose backward is rewritten.
+        linears: the forward products whose backward is rewritten, and the op that it has become.
         token: the graph's ``begin`` node.
         below: :func:`passes.graph.parameters_below`.
         loss_only: of what the model returns, its loss alone is needed.
+        compact: let what is between the products carry the needed rows only (``passes/compact.py``).
 
     Returns:
-        The op in the place of each product. Their site numbers are not set yet.
+        The ops that were put in, and the op of the backward of each; their site numbers are not set yet. And
+        the ops of both kinds that were replaced once more, and by what.
     """
     # On other devices the number of rows would have to be waited for.
     products = [each for each in linears if each.meta["val"].device.type == "cpu" and not each.kwargs]
     if not products:
-        return {}
+        return {}, {}
     masks = Masks(graph, after=token, below=below)
-    needed = rows_needed(graph, products, masks, below, loss_only=loss_only)
-    ops = {product: _rewrite(graph, product, mask, token) for product, mask in needed.items()}
+    all_needed, needed = rows_needed(graph, products, masks, below, loss_only=loss_only)
+    ops = {_rewrite(graph, product, mask, token): linears[product] for product, mask in needed.items()}
+    replaced = {}
+    if compact:
+        all_needed |= {op: all_needed[product] for op, product in zip(ops, needed, strict=True)}
+        replaced = compact_rows(graph, all_needed, masks, ops)
     masks.erase_unused()
-    return ops
+    return ops, replaced
 
 
 def _rewrite(graph: Graph, product: Node, needed: Node, token: Node) -> Node:

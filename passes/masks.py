@@ -179,6 +179,12 @@ class Masks:
             self._end = node
         self._above |= found
 
+    def move_to_end(self, nodes: Sequence[Node]) -> None:
+        """Move masks behind all others: what they are made of has changed."""
+        for node in nodes:
+            self._end.append(node)
+            self._end = node
+
     def erase_unused(self) -> None:
         """Erase the masks of which nothing was made."""
         for node in reversed(self._made.values()):

@@ -44,14 +44,18 @@ def rows_needed(
     below: dict[Node, frozenset[str]],
     *,
     loss_only: bool = False,
-) -> dict[Node, Node]:
-    """For each of the linears ``products`` of a forward of which not all rows are needed, a node: bool [N].
+) -> tuple[dict[Node, Mask], dict[Node, Node]]:
+    """The rows that are needed of a forward.
 
     Args:
         graph: the joint graph.
         masks: makes the masks; those that no result is made of are left for it to erase.
         below: :func:`passes.graph.parameters_below`.
         loss_only: of what the model returns, its loss alone is needed, if it returns one.
+
+    Returns:
+        The mask of each node that is needed at all; and for each of the linears ``products`` of which not all
+        rows are, a node: bool [N].
     """
     needed = _Walk(graph, masks, below).run(_outputs(graph, loss_only))
     found = {}
@@ -59,7 +63,7 @@ def rows_needed(
         mask = masks.any_over(needed.get(product, ALL), [1])
         if mask is not ALL and not is_one(g.shape_of(mask)[0]):
             found[product] = masks.call(aten.squeeze.dims, mask, [1])
-    return found
+    return needed, found
 
 
 def _outputs(graph: Graph, loss_only: bool) -> list[Node]:

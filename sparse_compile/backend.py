@@ -96,6 +96,7 @@ class SparseBackend:
                 handed_over,
                 dx_whole=self.schedule.linears_are_exact,
                 skip_unneeded=self.schedule.skips_unneeded,
+                compact=self.schedule.carries_needed_rows,
             )
             self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:

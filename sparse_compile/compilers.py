@@ -14,6 +14,9 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
+from sparse_compile import lowerings as _lowerings  # noqa: F401  (registers them)
+from sparse_compile.passes.random_rows import draw_few
+
 Compiled = Callable[..., Any]
 Rewrite = Callable[[Graph], None]
 
@@ -62,6 +65,7 @@ def with_inductor(
     """Compile by Inductor, with ``torch.compile``'s own ``mode`` and ``options``."""
     patches = {**torch._inductor.list_mode_options(mode), **options} if mode else dict(options)
     patches["joint_custom_pre_pass"] = JointPass(rewrite, key)
+    patches.setdefault("joint_custom_post_pass", JointPass(draw_few, key))
     return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
 
 

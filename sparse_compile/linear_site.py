@@ -77,11 +77,14 @@ class LinearSite(Site):
         phase: Phase | None,
         use: Use = (0, 0),
         handed_over: bool = False,
+        rows: Tensor | None = None,
+        total: int = 0,
     ) -> tuple[kernel.DistinctRows | None, Tensor | None]:
         """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
 
         Args:
-            dy: [N, O].
+            dy: [N, O]; or [n, O], if only the ``rows`` [n] of ``total`` are given. All others are zero then, and
+                x and dX have the same.
             x: [N, I], or None: no dW.
             w: [O, I], or None: no dX.
             tokens: T, rows per sample.
@@ -91,19 +94,32 @@ class LinearSite(Site):
             handed_over: give dW to ``rotated``, and return None for it.
         """
         needed = self._needed.pop(use, None)
-        operands = (dy.shape, x is None, w is None)
+        measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
+        if rows is not None and (measured or (phase is not None and isinstance(phase.linear, Reuse))):
+            # What is remembered of tokens, or measured of samples, is of whole ones.
+            self._needed[use] = rows if needed is None else rows[needed]
+            dx, dw = self.linear_backward(
+                *(None if t is None else kernel.on_all_rows(t, rows, total) for t in (dy, x)),
+                w,
+                tokens=tokens,
+                dw_transposed=dw_transposed,
+                phase=phase,
+                use=use,
+                handed_over=handed_over,
+            )
+            return None if dx is None else (kernel.written_out(dx).index_select(0, rows), None), dw
+        n = len(dy) if rows is None else total
+        operands = (dy.shape[rows is not None :], n, x is None, w is None)
         without_method = phase is None or phase.linear is None or bool(self.held_back)
         if operands == self._nothing_to_ask and without_method and needed is None and not self._looks.due():
             # As the last time. To ask all of the below takes 0.1 ms, since none of it is in the cache.
-            self._count(0, [dy.shape[0]] * ((x is not None) + (w is not None)))
+            self._count(n - len(dy), [len(dy)] * ((x is not None) + (w is not None)))
+            self._count_forward(n - len(dy))
             return kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
-        (n, outputs), inputs = dy.shape, next(t.shape[1] for t in (x, w) if t is not None)
-        self.shape = (n, inputs, outputs)
-        if needed is not None:
-            self._count_forward(n - len(needed))
+        inputs = next(t.shape[1] for t in (x, w) if t is not None)
+        self.shape = (n, inputs, dy.shape[1])
         if self._device is None and on_device.usable(dy):
             self._device = DeviceLinear()
-        measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
         method = None if phase is None or measured or self.held_back else phase.linear
         zero: int
         estimates: Estimates
@@ -123,11 +139,14 @@ class LinearSite(Site):
         rotating = handed_over and self.rotated is not None and self.rotated.entries is not None
         wanted = ((for_dx, w), (for_dw, x))
         # Rows that the device alone has counted are taken as computed here, and taken off by settle().
+        computed = [e.computed if isinstance(e, Rows) else len(dy) for e, _ in wanted]
         self._count(
-            zero, [e.computed if isinstance(e, Rows) else n for e, operand in wanted if operand is not None]
+            n - len(dy) + zero,
+            [k for k, (_, operand) in zip(computed, wanted, strict=True) if operand is not None],
         )
+        self._count_forward(n - (len(dy) if needed is None else len(needed)))
         if rotating:
-            self._count_rotated(for_dw.computed if isinstance(for_dw, Rows) else n)
+            self._count_rotated(computed[1])
         multiply = kernel.backward
         if self._device is not None and not self.left_alone:
             multiply = self._device.backward
@@ -189,6 +208,10 @@ class LinearSite(Site):
         skipped = live - number_kept(self._share(method), live)
         return skipped >= exact.fewest_to_skip(rows, inputs, outputs, products=1)
 
+    def _fewest_to_skip(self, dy: Tensor) -> int:
+        _, inputs, outputs = self.shape
+        return exact.fewest_to_skip(len(dy), inputs, outputs)
+
     def _exactly(self, dy: Tensor, needed: Tensor | None = None) -> tuple[int, Estimates]:
         """The number of rows skipped as zero, as far as the host knows, and dY without them.
 
@@ -203,11 +226,11 @@ class LinearSite(Site):
         if needed is not None:
             rows = Rows(exact.live_among(dy, needed))
             self._live = rows.computed
-            enough = len(dy) - rows.computed >= exact.fewest_to_skip(*self.shape)
+            enough = len(dy) - rows.computed >= self._fewest_to_skip(dy)
             return (len(dy) - rows.computed, (rows, rows)) if enough else (0, (dy, dy))
         if not self._looks.due():
             return 0, (dy, dy)
-        live = exact.live_rows(dy, exact.fewest_to_skip(*self.shape))
+        live = exact.live_rows(dy, self._fewest_to_skip(dy))
         self._looks.found(live is not None)
         if live is None:
             return 0, (dy, dy)
@@ -262,7 +285,7 @@ class LinearSite(Site):
             k, gradients = number_kept(self._share(method), live), "weight"
             clip = self.controller.cap(self.name)
         else:
-            k, gradients, clip = number_kept(self._share(method), len(dy)), method.gradients, method.clip
+            k, gradients, clip = number_kept(self._share(method), self.shape[0]), method.gradients, method.clip
         for_dx = for_dw = None
         if gradients != "weight":
             for_dx = choose(norms, k, clip, draw)

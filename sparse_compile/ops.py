@@ -15,6 +15,13 @@
     itself, and the index is empty. With ``handed_over`` dW goes to the site, and what is returned for it is
     empty.
 
+    Where the graph carries few rows (``passes/compact.py``), ``rows`` int64 [n] says which of ``total`` they
+    are, dY and X are [n, O] and [n, I], and so is dX; all other rows of dY are zero.
+
+``needed_rows(needed) -> rows``, ``row_slots(rows, total) -> slots``
+    needed bool [N]; rows int64 [n], ascending, those that are needed (and up to two more, since n is at least
+    2); slots int64 [N], of each row its place among them, or -1.
+
 ``linear_forward(token, x, w, bias, needed, site) -> y``
     the forward of a linear, Y [N, O], of which only some rows are needed. X [N, I], W [O, I], bias [O] or
     None, needed bool [N]. In the place of the others Y holds one that is needed; see ``passes/forward.py``.
@@ -54,6 +61,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.fake_impl import allocate_size
 
 from sparse_compile import runtime
 from sparse_compile.attention_site import AttentionSite
@@ -66,6 +74,8 @@ from sparse_compile.kernels.attention_fused import Fused
 from sparse_compile.kernels.attention_fused import empty as empty_heads
 from sparse_compile.linear_site import LinearSite
 
+_FEWEST = 2  # rows of `needed_rows`: sizes 0 and 1 are special to compilers
+
 _library = torch.library.Library("sparse_compile", "DEF")
 _library.define(
     "begin(Tensor anchor, str manifest) -> Tensor",
@@ -73,13 +83,16 @@ _library.define(
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
-    " bool dw_transposed, bool handed_over=False, bool dx_whole=False) -> (Tensor, Tensor, Tensor)",
+    " bool dw_transposed, bool handed_over=False, bool dx_whole=False, Tensor? rows=None, int total=0)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define(
     "linear_forward(Tensor token, Tensor x, Tensor w, Tensor? bias, Tensor needed, int site) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
+_library.define("needed_rows(Tensor needed) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
+_library.define("row_slots(Tensor rows, int total) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
 _library.define(
     "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
@@ -127,6 +140,8 @@ def _linear_backward(
     dw_transposed: bool,
     handed_over: bool = False,
     dx_whole: bool = False,
+    rows: Tensor | None = None,
+    total: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layer, use, phase = runtime.find(token.tolist(), site) or (LinearSite("?"), (0, 0), None)
     assert isinstance(layer, LinearSite)
@@ -137,13 +152,15 @@ def _linear_backward(
         phase=phase,
         use=use,
         handed_over=handed_over,
+        rows=rows,
+        total=total,
     )
-    rows, index = (dy.new_empty(0), None) if dx is None else dx
+    distinct, index = (dy.new_empty(0), None) if dx is None else dx
     if dx_whole:
-        rows, index = kernel.written_out((rows, index)), None
+        distinct, index = kernel.written_out((distinct, index)), None
     if index is None:
-        index = torch.arange(0 if dx_whole else len(rows), device=dy.device)
-    return rows, index, dy.new_empty(0) if dw is None else dw
+        index = torch.arange(0 if dx_whole else len(distinct), device=dy.device)
+    return distinct, index, dy.new_empty(0) if dw is None else dw
 
 
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
@@ -239,6 +256,7 @@ def _linear_backward_fake(
     dw_transposed: bool,
     handed_over: bool = False,
     dx_whole: bool = False,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0], w.shape[1])
     index = dy.new_empty(0 if w is None or dx_whole else dy.shape[0], dtype=torch.int64)
@@ -282,6 +300,34 @@ def _attention_backward_fake(
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), kt.new_empty(kt.shape), v.new_empty(v.shape)
+
+
+@torch.library.impl(_library, "needed_rows", "CompositeExplicitAutograd")
+def _needed_rows(needed: Tensor) -> Tensor:
+    rows = needed.nonzero().squeeze(1)
+    if len(rows) >= _FEWEST:
+        return rows
+    others = (~needed).nonzero().squeeze(1)
+    return torch.cat([rows, others[: _FEWEST - len(rows)]]).sort().values
+
+
+@torch.library.register_fake("sparse_compile::needed_rows")
+def _needed_rows_fake(needed: Tensor) -> Tensor:
+    # Not `new_dynamic_size`: that wants `capture_dynamic_output_shape_ops`, which is about the user's own ops.
+    count = allocate_size(torch.library.get_ctx()._shape_env, _FEWEST, needed.shape[0])
+    return needed.new_empty(count, dtype=torch.int64)
+
+
+@torch.library.impl(_library, "row_slots", "CompositeExplicitAutograd")
+def _row_slots(rows: Tensor, total: int) -> Tensor:
+    slots = rows.new_full((total,), -1)
+    slots[rows] = torch.arange(len(rows), device=rows.device)
+    return slots
+
+
+@torch.library.register_fake("sparse_compile::row_slots")
+def _row_slots_fake(rows: Tensor, total: int) -> Tensor:
+    return rows.new_empty(total)
 
 
 @torch.library.impl(_library, "sample_weights", "CompositeExplicitAutograd")

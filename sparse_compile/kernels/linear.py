@@ -70,6 +70,11 @@ def input_gradient(dy: Tensor, w: Tensor) -> DistinctRows:
     return torch.mm(dy, w), None
 
 
+def on_all_rows(few: Tensor, rows: Tensor, total: int) -> Tensor:
+    """``few`` [n, O] as the ``rows``, int64 [n], of ``total``; all others are zero."""
+    return few.new_zeros(total, few.shape[1]).index_copy_(0, rows, few)
+
+
 def written_out(dx: DistinctRows) -> Tensor:
     """dX itself."""
     rows, index = dx
