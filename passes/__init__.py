@@ -90,6 +90,8 @@ def rewrite(
         )
         ops |= {forward: ops[backward] for forward, backward in forwards.items()}
         ops = {replaced.get(op, op): record for op, record in ops.items()}
+        for op in replaced.values():
+            _note_carried(ops, op, records)
     # After the linears, so that their inputs have one reader each; it makes no site.
     packed = pack_saved(graph, method=saved, below=below) if saved is not None else []
 
@@ -108,6 +110,14 @@ def _tell_apart(ops: dict[Node, SiteRecord], records: list[SiteRecord]) -> None:
         if record.kind == "block" and record.name in taken:
             ops[op] = dataclasses.replace(record, name=f"{record.name}{naming.END_OF_BLOCK}")
             records[records.index(record)] = ops[op]
+
+
+def _note_carried(ops: dict[Node, SiteRecord], op: Node, records: list[SiteRecord]) -> None:
+    old = ops[op]
+    new = dataclasses.replace(old, carried=True)
+    if old != new:
+        records[records.index(old)] = new
+        ops.update({other: new for other, record in ops.items() if record == old})
 
 
 def source_hash() -> str:

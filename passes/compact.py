@@ -1,8 +1,8 @@
 """Carry only the rows that anything needs from op to op, and not just into the products.
 
-Why: once a linear leaves out the rows of a padded batch, what is left of a step is largely elementwise work on
-all of them: norms, activation functions, random numbers for dropout, residual sums, and the gathering of each
-linear's rows. Where the needed rows of one tensor are the needed rows of the next, none of that has to be done.
+Why: once a linear leaves out the rows of a padded batch, what is left of a step is largely elementwise work
+on all of them: norms, activation functions, random numbers for dropout, residual sums, and the gathering of
+each linear's rows. Where the needed rows of one tensor are those of the next, none of that has to be done.
 
     x [B, T, I] ─ linear ─ gelu ─ linear ─ dropout ─ + ─ norm ─ …      N = B · T rows each
 
@@ -11,28 +11,30 @@ becomes, with ``rows`` int64 [n] made at the head of the graph from the masks of
     x [n, I]    ─ linear ─ gelu ─ linear ─ dropout ─ + ─ norm ─ …
 
 forward and backward alike: what keeps rows apart is done to n of them. Before any other op (attention, whose
-rows meet; a head that takes the first token) the tensor is written out again: rows that are left out are copies
-of one that is not in the forward, zeros in a gradient. n is a size that the graph does not know (the backend
-compiles once for all batches).
+rows meet; a head that takes the first token) the tensor is written out again: rows that are left out are
+copies of one that is not in the forward, zeros in a gradient. n is a size that the graph does not know: it is
+compiled once for all batches.
 
-Which nodes: of the forward, those of which not all rows are needed (and what only the backward reads). ``rows``
-is the union of what they need. Of the backward, what is computed from gradients of these rows: of a tensor of
-which a row is not needed, the gradient is zero there. Two things lead into such a region: the output gradient
-of a linear whose result is in it, and the gradient of picking rows from a tensor that is. A sum of gradients
-belongs to it as soon as one of them does: autograd adds up gradients of one tensor. For that, all that the
-region is computed from has to be in it, and if it is not (a hidden state that is returned, say), nothing is
-changed.
+Which nodes: of the forward, those of which not all rows are needed (and what only the backward reads).
+``rows`` is the union of what they need. Of the backward, what is computed from gradients of these rows: of a
+tensor of which a row is not needed, the gradient is zero there. Two things lead into such a region: the
+output gradient of a linear whose result is in it; and what an op outside of it (a head, a loss) gives as the
+gradient of a tensor in it, found by the number that autograd gave to both sides of the op. A sum of gradients
+belongs to the region as soon as one of them does: autograd adds up gradients of one tensor. For that, all
+that the region is computed from has to be in it; if it is not (a hidden state that is returned, say), nothing
+is changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sparse_compile.passes import graph as g
 from sparse_compile.passes import compact_rules as rules
+from sparse_compile.passes import graph as g
 from sparse_compile.passes.masks import ALL, Mask, Masks, is_one
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, compute_unbacked_bindings
@@ -108,11 +110,6 @@ class _Region:
         self._needed = needed
         self._masks = masks
         self._nodes = list(graph.nodes)
-        self._picks = {
-            node.meta.get("seq_nr"): node
-            for node in self._nodes
-            if node.target in rules.PICKS and not g.is_backward(node)
-        }
         self._forward = {backward: forward for forward, backward in sites.items()}
         self._tangents = g.computed_from_tangents(graph)
         self._compact: dict[Node, Node] = {}  # what is computed on few rows, and the node that does it
@@ -124,7 +121,7 @@ class _Region:
     # ---- the rows
 
     def _placeholders(self) -> tuple[Node, Node, Node, list[Node]]:
-        """rows [n], n, slots [N], and rows as indices of [B, T]; of a mask that is known when the region is."""
+        """rows [n], n, slots [N], and rows as indices of [B, T]; the mask is known when the region is."""
         call = self._masks.call
         anything = call(aten.full.default, [self.n], True, dtype=torch.bool, device=torch.device("cpu"))
         rows = call(torch.ops.sparse_compile.needed_rows.default, anything)
@@ -144,7 +141,9 @@ class _Region:
             union = self._masks.union(union, mask)
         assert isinstance(union, Node)
         self.rows.args = (union,)
-        self._masks.move_to_end([self.rows, self.count, self._slots, self._pairs[0], self._pairs[1].args[1], self._pairs[1]])
+        self._masks.move_to_end(
+            [self.rows, self.count, self._slots, self._pairs[0], self._pairs[1].args[1], self._pairs[1]]
+        )
 
     def _note(self, node: Node) -> None:
         """``rows`` must hold what is needed of this node of the forward."""
@@ -186,19 +185,49 @@ class _Region:
         return bool(above)
 
     def rewrite(self) -> dict[Node, Node]:
-        for node in self._nodes:
-            if node.op == "call_function" and (g.is_backward(node) or self._is_free(node)):
-                with self.graph.inserting_before(node):
-                    try:
-                        self._try(node)
-                    except (Unfit, GuardOnDataDependentSymNode):
-                        pass
+        entries: set[Node] | None = None
+        for node in (each for each in self._nodes if each.op == "call_function"):
+            if g.is_backward(node) or self._is_free(node):
+                skipping = contextlib.suppress(Unfit, GuardOnDataDependentSymNode)
+                with skipping, self.graph.inserting_before(node):
+                    self._try(node)
+            if g.is_backward(node) and self.is_gradient(node):  # all of the forward has been seen
+                entries = self._entries() if entries is None else entries
+                if node in entries and node not in self:
+                    self.enter(node)
         if not self._used:
             return {}
         self._settle_rows()
         ours = {old: new for old, new in self._compact.items() if rules.is_ours(old)}
         self._put_in_place()
         return ours
+
+    def _entries(self) -> set[Node]:
+        """Gradients of the region's tensors that come from ops outside of it: the last that autograd has made
+        for such an op, if the op has read one tensor with rows, and that is in the region."""
+        forward, backward = ({}, {})  # type: tuple[dict[int, list[Node]], dict[int, list[Node]]]
+        for node in self._nodes:
+            if node.op == "call_function" and "seq_nr" in node.meta:
+                side = backward if g.is_backward(node) else forward
+                side.setdefault(node.meta["seq_nr"], []).append(node)
+        found = set()
+        for number, nodes in forward.items():
+            read = {x for node in nodes for x in node.all_input_nodes if self._has_gradient_rows(x)}
+            sources = read.difference(nodes)
+            if len(sources) == 1 and any(node not in self for node in nodes):
+                (x,) = sources
+                gradients = [
+                    node
+                    for node in backward.get(number, [])
+                    if g.is_tensor(node) and g.shape_of(node) == g.shape_of(x) and self.is_gradient(node)
+                ]
+                found.update(gradients[-1:] if x in self else [])
+        return found
+
+    def _has_gradient_rows(self, x: Node) -> bool:
+        if not g.is_tensor(x) or self._masks.fixed(x) or not x.meta["val"].dtype.is_floating_point:
+            return False
+        return self.lead(g.shape_of(x)) > 0
 
     def _try(self, node: Node) -> None:
         rule = rules.RULES.get(node.target)
@@ -211,11 +240,6 @@ class _Region:
 
     def __contains__(self, node: Any) -> bool:
         return node in self._compact or node in self._gathered
-
-    def picked_from(self, gradient: Node) -> Node | None:
-        """What the forward took the rows from of which this is the gradient, if that is known."""
-        pick = self._picks.get(gradient.meta.get("seq_nr"))
-        return None if pick is None else pick.args[0]  # type: ignore[return-value]
 
     def has_site(self, backward: Node) -> bool:
         """Whether a ``linear_backward`` is that of a linear in the region."""

@@ -1,4 +1,5 @@
-"""How each op is computed on few rows: ``passes/compact.py``. A rule does nothing, or raises, where it cannot."""
+"""How each op is computed on few rows (``passes/compact.py``). A rule does nothing, or raises, where it
+cannot be."""
 
 from __future__ import annotations
 
@@ -27,7 +28,6 @@ _OF_ROWS = {
     torch.ops.sparse_compile.linear_backward.default: 2,
     aten.native_layer_norm_backward.default: 1,
 }
-PICKS = (aten.select.int, aten.slice.Tensor)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # Of gradients: zero where the gradient is.
 _LINEAR = (
@@ -64,7 +64,9 @@ def pointwise(region: _Region, node: Node) -> None:
         return
     kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
     args = torch.fx.map_arg(node.args, lambda x: region.operand(x, node))
-    new = region.emit(node.target, *args, like=node, **torch.fx.map_arg(kwargs, lambda x: region.operand(x, node)))
+    new = region.emit(
+        node.target, *args, like=node, **torch.fx.map_arg(kwargs, lambda x: region.operand(x, node))
+    )
     region.set(node, new, own_rows=node.target in _NARROWING)
 
 
@@ -82,7 +84,9 @@ def _stays_zero(region: _Region, node: Node, operands: list[Node]) -> bool:
         # Autograd adds up gradients of one tensor; all else that is added is zero where the other is.
         sums = node.target is aten.add.Tensor and g.shape_of(gradients[0]) == g.shape_of(gradients[1])
         return any(zero) if sums else all(zero)
-    linear = node.target in _LINEAR or str(node.target).partition(".")[2].partition(".")[0].endswith("_backward")
+    linear = node.target in _LINEAR or str(node.target).partition(".")[2].partition(".")[0].endswith(
+        "_backward"
+    )
     return linear and all(zero)
 
 
@@ -115,7 +119,9 @@ def _reduce(region: _Region, node: Node) -> None:
         shifted = shifted[0] if isinstance(named, int) else shifted
         args = (region.of(x), shifted, *node.args[2:])
         region.set(node, region.emit(node.target, *args, like=node, **node.kwargs))
-    elif node.target is aten.sum.dim_IntList and region.is_zero_elsewhere(x) and set(range(lead)) <= set(dims):
+    elif (
+        node.target is aten.sum.dim_IntList and region.is_zero_elsewhere(x) and set(range(lead)) <= set(dims)
+    ):
         kept = [0, *(dim - lead + 1 for dim in dims if dim >= lead)]
         total = region.emit(node.target, region.of(x), kept, *node.args[2:], like=node, **node.kwargs)
         if g.shape_of(total) != g.shape_of(node):
@@ -139,7 +145,7 @@ def _softmax(region: _Region, node: Node) -> None:
 def _along(region: _Region, node: Node) -> None:
     """What is done along one dimension behind the rows."""
     x: Any = node.args[0]
-    if x not in region or region.is_gradient(node) and not region.is_zero_elsewhere(x):
+    if x not in region or (region.is_gradient(node) and not region.is_zero_elsewhere(x)):
         return
     given = g.arguments(node)
     lead, rank = region.lead(g.shape_of(x)), len(g.shape_of(x))
@@ -186,7 +192,7 @@ def _getitem(region: _Region, node: Node) -> None:
 
 @_rule(aten.rand.default)
 def _random(region: _Region, node: Node) -> None:
-    """The numbers that these rows have among all: a Monte-Carlo run is the same with and without this pass."""
+    """The numbers that these rows have among all: dropout is the same with and without this pass."""
     if region.lead(g.shape_of(node)):
         region.enter(node)
 
@@ -234,15 +240,6 @@ def _norm_gradient(region: _Region, node: Node) -> None:
         region.set(node, new)
 
 
-@_rule(aten.select_scatter.default, aten.slice_scatter.default)
-@_rule(aten.select_backward.default, aten.slice_backward.default)
-def _picked(region: _Region, node: Node) -> None:
-    """The gradient of taking rows from a tensor of the region: what was not taken, or not needed, is zero."""
-    source = region.picked_from(node) if g.is_backward(node) else None
-    if source in region and g.shape_of(source) == g.shape_of(node):  # type: ignore[arg-type]
-        region.enter(node)
-
-
 @_rule(torch.ops.sparse_compile.linear_forward.default)
 def _linear(region: _Region, node: Node) -> None:
     token, x, w, bias, needed, site = node.args
@@ -257,9 +254,10 @@ def _linear(region: _Region, node: Node) -> None:
 def _product(region: _Region, node: Node) -> None:
     """A linear that is not rewritten: nothing of it is trained."""
     *added, x, w = node.args
-    if x in region and w not in region and not g.is_backward(node) and region.lead(g.shape_of(node)) == 1:
-        if all(len(g.shape_of(each)) == 1 for each in added):  # type: ignore[arg-type]
-            region.set(node, region.emit(node.target, *added, region.of(x), w, like=node))  # type: ignore
+    if x not in region or w in region or g.is_backward(node) or region.lead(g.shape_of(node)) != 1:
+        return
+    if all(len(g.shape_of(each)) == 1 for each in added):  # type: ignore[arg-type]
+        region.set(node, region.emit(node.target, *added, region.of(x), w, like=node))  # type: ignore[arg-type]
 
 
 @_rule(torch.ops.sparse_compile.linear_backward.default)
@@ -267,7 +265,11 @@ def _linear_gradient(region: _Region, node: Node) -> None:
     token, dy, x, w, *rest = node.args
     if not region.has_site(node):
         return
-    few = [region.of(each) if each in region else region.gather(each, like=node) for each in (dy, x) if each is not None]  # type: ignore
+    few = [
+        region.of(each) if each in region else region.gather(each, like=node)
+        for each in (dy, x)
+        if each is not None
+    ]  # type: ignore
     if x is None:
         few.append(None)  # type: ignore[arg-type]
     new = region.emit(node.target, token, *few, w, *rest, region.rows, region.n, like=node)

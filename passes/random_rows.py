@@ -1,12 +1,13 @@
 """Draw the random numbers of a few rows alone, where Inductor has replaced ``rand`` by its own generator.
 
-Why: under dropout, random numbers are a large part of what is elementwise on a CPU. ``passes/compact.py`` takes
-the rows that are needed of those for all rows, so that dropout is what it is without it. Inductor's generator
-makes each number from a seed and its position, so those of a few rows can be had without the others:
+Why: under dropout, random numbers are a large part of what is elementwise on a CPU. ``passes/compact.py``
+takes the rows that are needed of those for all rows, so that dropout is what it is without that pass.
+Inductor's generator makes each number from a seed and its position, so the others need not be drawn:
 
-    inductor_random([B, T, …], seed, "rand")[sample, token]    becomes    sparse_compile.random_rows(seed, …)
+    inductor_random([B, T, …], seed, "rand")[sample, token]  becomes  sparse_compile.random_rows(seed, …)
 
-This runs when Inductor is done with a joint graph; ``sparse_compile/lowerings.py`` says what the op compiles to.
+This runs when Inductor is done with a joint graph. ``sparse_compile/lowerings.py`` says what the op compiles
+to.
 """
 
 from __future__ import annotations

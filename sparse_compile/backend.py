@@ -25,6 +25,7 @@ from sparse_compile.rotation import Rotation
 from sparse_compile.runtime import Runtime
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.monitor import Monitor
+from sparse_compile.settings.reuse import Reuse
 
 COMPILERS = ("inductor", "aot_eager")
 
@@ -96,7 +97,8 @@ class SparseBackend:
                 handed_over,
                 dx_whole=self.schedule.linears_are_exact,
                 skip_unneeded=self.schedule.skips_unneeded,
-                compact=self.schedule.carries_needed_rows,
+                # What reuse remembers has a row for every token.
+                compact=not isinstance(self.schedule.linear, Reuse),
             )
             self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:

@@ -83,8 +83,8 @@ class LinearSite(Site):
         """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
 
         Args:
-            dy: [N, O]; or [n, O], if only the ``rows`` [n] of ``total`` are given. All others are zero then, and
-                x and dX have the same.
+            dy: [N, O]; or [n, O], if only the ``rows`` [n] of ``total`` are given: x and dX have these, too,
+                and all others of dY are zero.
             x: [N, I], or None: no dW.
             w: [O, I], or None: no dX.
             tokens: T, rows per sample.
@@ -99,7 +99,8 @@ class LinearSite(Site):
             # What is remembered of tokens, or measured of samples, is of whole ones.
             self._needed[use] = rows if needed is None else rows[needed]
             dx, dw = self.linear_backward(
-                *(None if t is None else kernel.on_all_rows(t, rows, total) for t in (dy, x)),
+                kernel.on_all_rows(dy, rows, total),
+                None if x is None else kernel.on_all_rows(x, rows, total),
                 w,
                 tokens=tokens,
                 dw_transposed=dw_transposed,
@@ -285,7 +286,11 @@ class LinearSite(Site):
             k, gradients = number_kept(self._share(method), live), "weight"
             clip = self.controller.cap(self.name)
         else:
-            k, gradients, clip = number_kept(self._share(method), self.shape[0]), method.gradients, method.clip
+            k, gradients, clip = (
+                number_kept(self._share(method), self.shape[0]),
+                method.gradients,
+                method.clip,
+            )
         for_dx = for_dw = None
         if gradients != "weight":
             for_dx = choose(norms, k, clip, draw)

@@ -313,7 +313,7 @@ def _needed_rows(needed: Tensor) -> Tensor:
 
 @torch.library.register_fake("sparse_compile::needed_rows")
 def _needed_rows_fake(needed: Tensor) -> Tensor:
-    # Not `new_dynamic_size`: that wants `capture_dynamic_output_shape_ops`, which is about the user's own ops.
+    # Not `new_dynamic_size`: it asks for `capture_dynamic_output_shape_ops`, a setting for the user's own.
     count = allocate_size(torch.library.get_ctx()._shape_env, _FEWEST, needed.shape[0])
     return needed.new_empty(count, dtype=torch.int64)
 

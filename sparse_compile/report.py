@@ -43,6 +43,8 @@ class SiteReport:
         rows_skipped: how many of those were zero and skipped exactly.
         rows_computed: how many took part in the products, with rows of the base and rows that fill up.
         rows_unneeded: how many rows of the output were not computed in the forward, since nothing needs them.
+        carried: whether those rows are left out between this linear and its neighbours, too: in norms,
+            activation functions, dropout and residual sums, forward and backward.
         flops_forward_dense, flops_forward: forward if dense; forward as run.
         flops_backward_dense, flops_backward: backward if dense; backward as run.
         flops_dense, flops: forward and backward, dense and as run.
@@ -62,6 +64,7 @@ class SiteReport:
     rows_skipped: int = 0
     rows_computed: int = 0
     rows_unneeded: int = 0
+    carried: bool = False
     flops_forward_dense: float = 0.0
     flops_forward: float = 0.0
     flops_backward_dense: float = 0.0
@@ -167,6 +170,8 @@ class Report:
     def _title(self) -> str:
         totals = self.totals
         last = f"; s = {self.history[-1]['s']:.2f}" if self.history else ""
+        carried = sum(site.carried for site in self.sites)
+        last += f"; {carried} linears hand on needed rows only" if carried else ""
         return (
             f"step {self.step}: {totals['rewritten']} of {totals['sites']} sites rewritten; "
             f"{totals['flops'] / 1e9:.3f} of {totals['flops_dense'] / 1e9:.3f} GFLOP a step "
@@ -258,7 +263,13 @@ def _never_compiled(runtime: Runtime) -> tuple[SiteReport, ...]:
 def _site_report(name: str, records: list[SiteRecord], site: Site | None, runtime: Runtime) -> SiteReport:
     rewritten = [record for record in records if record.rewritten]
     first = (rewritten or records)[0]
-    common: dict[str, Any] = {"name": name, "kind": first.kind, "calls": len(records)}
+    carried = all(record.carried for record in records)
+    common: dict[str, Any] = {
+        "name": name,
+        "kind": first.kind,
+        "calls": len(records),
+        "carried": carried,
+    }
     forward, backward = sum(r.flops_forward for r in records), sum(r.flops_backward for r in records)
     if not rewritten or site is None:
         return SiteReport(

@@ -220,11 +220,6 @@ class Schedule:
         entries = isinstance(self.attention, Reuse) and self.attention.granularity != "row"
         return False if prunes or entries else self.skip_unneeded
 
-    @property
-    def carries_needed_rows(self) -> bool:
-        """Whether layers hand each other the needed rows alone. Reuse remembers a row for every token."""
-        return bool(self.skips_unneeded) and not isinstance(self.linear, Reuse)
-
     def reason_left_out(self, name: str) -> str | None:
         """Why `include` and `exclude` leave out the module path `name`; None if they select it."""
         if self.include and not any(pattern_matches(pattern, name) for pattern in self.include):

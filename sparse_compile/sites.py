@@ -30,6 +30,7 @@ class SiteRecord:
         call: 0 for the first use of a layer in one forward, 1 for its second, …
         handed_over: ``"O I"`` or ``"I O"``, the layout of the weight, if the weight's gradient goes to the
             runtime and not to autograd; else empty.
+        carried: whether a linear gets, and gives, the rows that anything needs and no others.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SiteRecord:
     reason: str = ""
     call: int = 0
     handed_over: str = ""
+    carried: bool = False
 
 
 # What a packed tensor is to the backward; where it is several, the first of these counts.

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sparse_compile.runtime import NO_TOKEN
 
+needed_rows = torch.ops.sparse_compile.needed_rows.default
+row_slots = torch.ops.sparse_compile.row_slots.default
 begin = torch.ops.sparse_compile.begin.default
 linear_forward = torch.ops.sparse_compile.linear_forward.default
 linear_backward = torch.ops.sparse_compile.linear_backward.default
@@ -47,6 +49,33 @@ def test_opcheck_linear_forward(bias: bool, dtype: torch.dtype, needed: int) -> 
     _, x, w = tensors(dtype)
     b = torch.ones(OUTPUTS, dtype=dtype) if bias else None
     torch.library.opcheck(linear_forward, (token(), x, w, b, torch.arange(ROWS) < needed, 0))
+
+
+@pytest.mark.parametrize("needed", [[], [4], [1, 2], [0, 3, 5], list(range(ROWS))])
+def test_needed_rows(needed: list[int]) -> None:
+    """At least two, ascending, and where each is among them."""
+    mask = torch.zeros(ROWS, dtype=torch.bool)
+    mask[needed] = True
+    rows = needed_rows(mask)
+    others = [i for i in range(ROWS) if i not in needed][: max(0, 2 - len(needed))]
+    assert rows.tolist() == sorted(needed + others)
+    slots = row_slots(rows, ROWS)
+    assert slots.tolist() == [rows.tolist().index(i) if i in rows.tolist() else -1 for i in range(ROWS)]
+    torch.library.opcheck(needed_rows, (mask,), test_utils=CHECKS)
+    torch.library.opcheck(row_slots, (rows, ROWS), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dx_whole", [False, True])
+@pytest.mark.parametrize("dw_transposed", [False, True])
+def test_linear_backward_of_few_rows(dw_transposed: bool, dx_whole: bool) -> None:
+    dy, x, w = tensors()
+    rows = torch.tensor([1, 2, 5])
+    few = (token(), dy[rows], x[rows], w, 0, 2, dw_transposed, False, dx_whole, rows, ROWS)
+    distinct, index, dw = linear_backward(*few)
+    torch.testing.assert_close(distinct if dx_whole else distinct[index], dy[rows] @ w)
+    expected = dy[rows].t() @ x[rows]
+    torch.testing.assert_close(dw, expected.t() if dw_transposed else expected)
+    torch.library.opcheck(linear_backward, few, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("zero_rows", [0, 5, ROWS])

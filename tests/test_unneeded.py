@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_compile.passes import random_rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,7 +105,7 @@ def test_the_backward_does_not_look_for_what_the_forward_has_left_out(monkeypatc
     model = Net()
     gradients, backend = train(None, model)
     torch.testing.assert_close(gradients, eager(model))
-    assert looked == [SAMPLES], "the head, whose rows are all needed"
+    assert looked == [SAMPLES, ROWS - UNNEEDED, ROWS - UNNEEDED]
     assert [sites(backend)[name].rows_skipped for name in ("up", "down")] == [UNNEEDED] * 2
 
 
@@ -114,14 +115,14 @@ def test_rows_that_the_forward_needs_and_that_have_no_gradient_are_still_skipped
     class Weighted(Net):
         def forward(self, x: Tensor, shown: Tensor) -> Tensor:
             h = (self.body(x) * shown.unsqueeze(-1)).sum(1)
-            return (self.head(h).square().mean(1) * torch.tensor([1.0, 0.0, 1.0, 1.0])).sum()
+            return (self.head(h).square().mean(1) * torch.tensor([0.0, 1.0, 0.0, 0.0])).sum()
 
     model = Weighted()
     gradients, backend = train(None, model)
     torch.testing.assert_close(gradients, eager(model))
     for name in ("up", "down"):
         assert sites(backend)[name].rows_unneeded == UNNEEDED
-        assert sites(backend)[name].rows_skipped == UNNEEDED + LENGTH
+        assert sites(backend)[name].rows_skipped == UNNEEDED + 3 * LENGTH
 
 
 def test_a_second_backward_of_one_forward_looks_for_itself():
@@ -145,11 +146,81 @@ def test_without_a_backward_nothing_is_counted():
     assert sites(backend)["up"].rows_unneeded == UNNEEDED
 
 
-def test_what_is_excluded_is_computed_whole():
-    gradients, backend = train(Schedule.exact(exclude="up"), model := Net())
+@pytest.mark.parametrize("method", [None, Reuse(0.0)], ids=["carried", "not carried"])
+def test_what_is_excluded_gets_the_rows_that_are_carried(method):
+    """It skips nothing of its own: without layers that carry the needed rows alone it is computed whole."""
+    gradients, backend = train(Schedule(linear=method, exclude="up"), model := Net())
     torch.testing.assert_close(gradients, eager(model))
     found = sites(backend)
-    assert (found["up"].rows_unneeded, found["down"].rows_unneeded) == (0, UNNEEDED)
+    assert found["down"].rows_unneeded == UNNEEDED
+    assert found["up"].rows_unneeded == (UNNEEDED if method is None else 0)
+    assert [found[name].carried for name in ("up", "down")] == [method is None] * 2
+    assert ("2 linears hand on needed rows only" in str(backend.report())) == (method is None)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.2, 0.5])
+def test_a_fixed_share_is_of_all_rows_whatever_is_carried(keep):
+    _, backend = train(Schedule(linear=Sample(keep), exclude="head"), Net())
+    for name in ("up", "down"):
+        assert sites(backend)[name].rows == ROWS
+        assert sites(backend)[name].rows_computed == min(round(keep * ROWS), ROWS - UNNEEDED)
+
+
+def test_what_is_measured_of_samples_is_measured_on_all_rows(monkeypatch):
+    """A measured step is exact, so the same with and without rows that are carried."""
+    found = []
+    for skip in (True, False):
+        torch._dynamo.reset()
+        model = Net()
+        torch.nn.init.constant_(model.head.bias, 0.3)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        backend = sparse_backend(Schedule.vcas(skip_unneeded=skip), compiler="aot_eager")
+        compiled, optimizer = (
+            torch.compile(model, backend=backend),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+        for _ in range(2):
+            compiled(*batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        (entry,) = backend.report().history
+        assert all(site.carried == skip for site in backend.report().sites if site.name in ("up", "down"))
+        found.append(entry)
+    assert found[0]["sgd_variance"] == pytest.approx(found[1]["sgd_variance"], rel=1e-4)
+    assert found[0]["weight_variance"] == pytest.approx(found[1]["weight_variance"], rel=1e-4)
+    assert found[0]["row_shares"] == pytest.approx(found[1]["row_shares"], rel=1e-3)
+
+
+class Dropping(Net):
+    def body(self, x: Tensor) -> Tensor:
+        h = super().body(x)
+        return torch.nn.functional.layer_norm(x + torch.nn.functional.dropout(h, 0.3), (WIDTH,))
+
+
+def test_inductor_draws_the_random_numbers_of_few_rows(monkeypatch):
+    """Under dropout, and with another number of rows in each step, a step is plain torch.compile's."""
+    shortened = []
+    monkeypatch.setattr(
+        random_rows,
+        "_is_uniform",
+        lambda node, ask=random_rows._is_uniform: ask(node) and not shortened.append(node),
+    )
+    model, found = Dropping(), []
+    backend = sparse_backend(Schedule.exact())
+    for compiler in ("inductor", backend):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=compiler)
+        for length in (LENGTH, TOKENS, 2, 0):
+            x, _ = batch()
+            model.zero_grad()
+            torch.manual_seed(9)
+            shown = (torch.arange(TOKENS) < length).expand(SAMPLES, -1)
+            compiled(x, shown).backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert len(shortened) == 1
+    torch.testing.assert_close(found[4:], found[:4], rtol=1e-4, atol=1e-6)
+    assert sites(backend)["up"].rows_unneeded == 4 * ROWS - SAMPLES * (LENGTH + TOKENS + 2)
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,11 @@ class Tracer:
 
     Args:
         decompositions: of AOTAutograd; None for none, as ``compiler="aot_eager"`` has it.
+        compact: carry the needed rows only.
     """
 
-    def __init__(self, decompositions: Mapping[Any, Any] | None = None) -> None:
+    def __init__(self, decompositions: Mapping[Any, Any] | None = None, *, compact: bool = False) -> None:
+        self._compact = compact
         self.traces: list[Trace] = []
         self.inference_graphs: list[Graph] = []
         # The passes, as the last graph asked for them.
@@ -158,7 +160,9 @@ class Tracer:
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], saved: PruneSaved | None = None) -> Run:
         names = {parameter.position: parameter.name for parameter in naming.find_parameters(gm, inputs)}
         called = list(passes.linears_called(gm, names))
-        self.rewrite = functools.partial(passes.rewrite, parameters=names, linears=called, saved=saved)
+        self.rewrite = functools.partial(
+            passes.rewrite, parameters=names, linears=called, saved=saved, compact=self._compact
+        )
 
         def partition(joint: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
             before = len(list(g.products(joint.graph, backward=True)))

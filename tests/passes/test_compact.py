@@ -1,0 +1,325 @@
+"""Only the needed rows are carried from op to op: gradients are those of carrying all, in float64 to
+rounding, and where it cannot be done nothing is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from padded import CASES, classes
+from sparse_compile.passes import compact as compact_pass
+from torch import Tensor, nn
+from tracing import DOUBLE, Model, Tracer, layer
+from transformers import BertConfig, BertModel
+
+ops = torch.ops.sparse_compile
+aten = torch.ops.aten
+INDUCTORS = functools.cache(lambda: torch._inductor.decomposition.select_decomp_table())
+
+B, T, WIDTH = 4, 16, 8
+LENGTHS = (5, 16, 1, 9)
+
+# Of how many linears of padded.CASES the rows are carried.
+CARRIED = {
+    **dict.fromkeys(("first token", "first token, dropout", "first token, eager"), (12, 14)),
+    **{"every token": (13, 13), "some tokens": (14, 14), "mean of tokens": (12, 13)},
+    **dict.fromkeys(("last token, llama", "last token, qwen2", "next token"), (15, 15)),
+    **dict.fromkeys(("last token, gpt2", "next token, gpt2"), (9, 9)),
+    "next token, padded left": (15, 15),
+    "two sequences": (16, 33),  # of the encoder or the decoder, whichever is more
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact_pass, "_FEWEST_ROWS", 2)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def gradients(model: nn.Module, run: Callable[..., Tensor], *args: Any, **inputs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(2)
+    loss = run(*args, **inputs)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "loss": loss.detach()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 100 roundings of each gradient's largest entry, or to one of the largest of all: some are zero but
+    for rounding, as the biases of keys."""
+    assert found.keys() == expected.keys()
+    eps = torch.finfo(DOUBLE).eps
+    noise = eps * max(value.abs().max().item() for value in expected.values())
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max().item()
+        assert error <= 100 * eps * value.abs().max().item() + noise, name
+
+
+def counts(tracer: Tracer) -> tuple[int, int]:
+    """Of how many linears the rows are carried, and how many are rewritten."""
+    found = tracer.trace.graph.find_nodes(op="call_function", target=ops.linear_backward.default)
+    carried = [len(op.args) > 9 for op in found]
+    assert [tracer.trace.records[op.args[4]].carried for op in found] == carried
+    return sum(carried), len(carried)
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["as traced", "decomposed"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_carrying_all_rows(case, decomposed):
+    build, batch = CASES[case]
+    model = build()
+    table = INDUCTORS() if decomposed else None
+    whole, few = (Tracer(table, compact=compact) for compact in (False, True))
+    found = []
+    for tracer in (whole, few):
+        torch._dynamo.reset()
+        found.append(gradients(model, torch.compile(model, backend=tracer, fullgraph=True), **batch()))
+    assert_equal(found[1], found[0])
+    assert counts(whole)[0] == 0
+    assert counts(few) == CARRIED[case]
+
+
+class Padded(nn.Module):
+    """Two layers with all that is between them in a transformer but attention; a mean of the shown tokens."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH), nn.Linear(WIDTH, 3)
+        self.norm, self.dropout, self.between = nn.LayerNorm(WIDTH), nn.Dropout(dropout), between
+        self.double()
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.down(self.between(self.up(x)))))
+
+    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+        h = self.body(self.body(x))
+        return self.head((h * shown.unsqueeze(-1)).sum(1)).square().mean()
+
+
+def batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
+    shown = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
+    return torch.randn(len(lengths), T, WIDTH, dtype=DOUBLE), shown
+
+
+def compile_and_compare(model: nn.Module, *inputs: Any, decomposed: bool = False, **options: Any) -> Tracer:
+    tracer = Tracer(INDUCTORS() if decomposed else None, compact=True)
+    compiled = torch.compile(model, backend=tracer, fullgraph=True, **options)
+    assert_equal(gradients(model, compiled, *inputs), gradients(model, model, *inputs))
+    return tracer
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_all_that_is_between_two_linears_is_done_on_few_rows(decomposed):
+    tracer = compile_and_compare(Padded(), *batch(), decomposed=decomposed)
+    assert counts(tracer) == (4, 5)
+    graph = tracer.trace.graph
+    whole = {
+        node.target
+        for node in graph.nodes
+        if node.op == "call_function"
+        and isinstance(node.meta.get("val"), Tensor)
+        and node.meta["val"].is_floating_point()
+        and isinstance(node.meta["val"].shape[0] if node.meta["val"].dim() else None, int)
+        and node.meta["val"].shape[:-1] in ((B, T), (B * T,))
+    }
+    # What gathers rows of the input; the masked mean and its gradient; what writes rows out for it.
+    assert whole <= {
+        *(aten.mul.Tensor, aten.expand.default, aten.view.default, aten.clone.default),
+        *(aten._unsafe_index.Tensor, aten.unsqueeze.default),
+    }
+    tanh = graph.find_nodes(op="call_function", target=aten.tanh.default)
+    assert len(tanh) == 2
+    assert all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in tanh)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_one_graph_serves_any_number_of_rows(decomposed):
+    model, tracer = Padded(), Tracer(INDUCTORS() if decomposed else None, compact=True)
+    compiled = torch.compile(model, backend=tracer, fullgraph=True)
+    for lengths in (LENGTHS, (T,) * B, (0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 2, 0), (T, 0, 0, 0)):
+        inputs = batch(lengths)
+        assert_equal(gradients(model, compiled, *inputs), gradients(model, model, *inputs))
+    assert counts(tracer) == (4, 5)
+
+
+def test_dropout_draws_what_it_draws_without():
+    """As Inductor takes dropout apart: the random numbers of the rows are those they have among all."""
+    model, inputs, found = Padded(dropout=0.4), batch(), []
+    for compact in (False, True):
+        torch._dynamo.reset()
+        tracer = Tracer(INDUCTORS(), compact=compact)
+        found.append(gradients(model, torch.compile(model, backend=tracer, fullgraph=True), *inputs))
+        assert counts(tracer)[0] == (4 if compact else 0)
+        # Written out nowhere: the dropped rows are taken of the random numbers alone.
+        assert len(tracer.trace.graph.find_nodes(op="call_function", target=aten.rand.default)) == 2
+    assert_equal(found[1], found[0])
+
+
+def test_what_is_needed_twice():
+    """The hidden state goes into the mean, and into another layer: its gradients are added up."""
+
+    def forward(m: nn.Module, x: Tensor, shown: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        g = torch.tanh(m.b(h))
+        flags = shown.unsqueeze(-1)
+        return ((h * flags).sum(1) * (g * flags).sum(1)).square().sum()
+
+    tracer = compile_and_compare(Model(forward, a=layer(WIDTH, 6), b=layer(6, 6)), *batch())
+    assert counts(tracer) == (2, 2)
+
+
+def test_rows_that_meet_between():
+    """Tokens are mixed by a product that is no attention: it gets all of a sample, if any is needed."""
+
+    def forward(m: nn.Module, x: Tensor, shown: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x)) * shown.unsqueeze(-1)
+        mixed = torch.einsum("ts,bsf->btf", m.mix, h) + h
+        return (torch.tanh(m.b(mixed)) * shown.unsqueeze(-1)).sum(1).square().sum()
+
+    model = Model(forward, a=layer(WIDTH, 6), b=layer(6, 6), mix=torch.randn(T, T))
+    tracer = compile_and_compare(model, *batch((5, 0, 1, 0)))
+    assert counts(tracer) == (2, 2)
+    (rows,) = tracer.trace.graph.find_nodes(op="call_function", target=ops.needed_rows.default)
+    assert len(rows.users) > 2
+
+
+def frozen(model: Padded) -> Padded:
+    model.down.requires_grad_(False)
+    return model
+
+
+def test_a_frozen_layer_between():
+    tracer = compile_and_compare(frozen(Padded()), *batch())
+    assert counts(tracer) == (4, 5)
+
+
+def test_a_first_layer_that_is_not_trained():
+    """It has no backward, and its product is computed on few rows all the same, once they are known."""
+    model = Padded()
+    model.up.requires_grad_(False)
+    tracer = compile_and_compare(model, *batch())
+    assert counts(tracer)[0] == 3  # of the two uses of `up` only the second has a backward
+
+
+class Shift(torch.autograd.Function):
+    """A gradient that is no derivative, and not zero where the output's is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_a_gradient_that_is_not_zero_where_nothing_is_needed():
+    """Its rows are not all carried; at a linear whose rows are known to have none, they end."""
+    model = Padded(between=lambda h: Shift.apply(h))
+    tracer = Tracer(compact=True)
+    torch.compile(model, backend=tracer, fullgraph=True)(*batch()).backward()
+    shifted = [
+        node
+        for node in tracer.trace.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+        if 1 in node.args
+    ]
+    assert len(shifted) == 2
+    assert all(isinstance(node.meta["val"].shape[0], int) for node in shifted)
+
+
+@pytest.mark.parametrize("what", ["returned", "unknown op", "not masked"])
+def test_near_misses_carry_all_rows(what):
+    class Shown(Padded):
+        def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+            h = self.body(x)
+            if what == "unknown op":
+                h = torch.linalg.qr(h).Q @ torch.ones(WIDTH, WIDTH, dtype=DOUBLE)
+            mean = (self.body(h) * shown.unsqueeze(-1)).sum(1)
+            if what == "not masked":
+                mean = self.body(h).sum(1)
+            loss = self.head(mean).square().mean()
+            return loss + h.square().mean() if what == "returned" else loss
+
+    tracer = compile_and_compare(Shown(), *batch())
+    assert counts(tracer)[0] == 0
+    assert not tracer.trace.graph.find_nodes(op="call_function", target=ops.needed_rows.default)
+
+
+def test_dynamic_shapes_carry_all_rows():
+    tracer = compile_and_compare(Padded(), *batch(), dynamic=True)
+    assert counts(tracer)[0] == 0
+    assert len(tracer.trace.graph.find_nodes(op="call_function", target=ops.linear_forward.default)) == 4
+
+
+def test_a_small_batch_carries_all_rows(monkeypatch):
+    monkeypatch.setattr(compact_pass, "_FEWEST_ROWS", B * T + 1)
+    assert counts(compile_and_compare(Padded(), *batch()))[0] == 0
+
+
+def test_one_sample():
+    """[1, T, …] then looks like what is broadcast over samples."""
+    x, shown = batch((5,))
+    assert counts(compile_and_compare(Padded(), x, shown)) == (4, 5)
+
+
+def test_widths_that_are_numbers_of_rows():
+    """A weight [N, N], and a gradient of it, are no rows."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(B * T, B * T), nn.Linear(B * T, B * T)
+            self.double()
+
+        def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+            h = self.b(torch.tanh(self.a(x)))
+            return (h * shown.unsqueeze(-1)).sum(1).square().mean()
+
+    _, shown = batch()
+    assert counts(compile_and_compare(Square(), torch.randn(B, T, B * T, dtype=DOUBLE), shown)) == (2, 2)
+
+
+def test_heads_as_many_as_tokens():
+    """[B, heads, T, …] then looks like [B, T, …]."""
+    sizes = {"vocab_size": 99, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 20}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**sizes, **rates, num_hidden_layers=2, max_position_embeddings=12)
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = BertModel(config, add_pooling_layer=False).double()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+            return F.normalize((hidden * attention_mask.unsqueeze(-1)).sum(1)).cos().sum()
+
+    inputs = classes()
+    assert inputs["input_ids"].shape[1] == 12
+    tracer = compile_and_compare(Mean(), inputs["input_ids"], inputs["attention_mask"])
+    assert counts(tracer) == (12, 12)
+
+
+def test_packed_projections_and_gates():
+    """Split, sliced, concatenated and cast on the way."""
+
+    def forward(m: nn.Module, x: Tensor, shown: Tensor) -> Tensor:
+        q, k = m.a(x).split(6, dim=-1)
+        gate, up = torch.cat([F.silu(q), k[..., :2]], -1), m.b(k.float().double())
+        h = (gate * up).unflatten(-1, (2, 4)).softmax(-1).flatten(-2)
+        return (m.c(h) * shown.unsqueeze(-1)).sum(1).square().sum()
+
+    model = Model(forward, a=layer(WIDTH, 12), b=layer(6, 8), c=layer(8, 5))
+    tracer = Tracer(compact=True)
+    inputs = batch()
+    compiled = torch.compile(model, backend=tracer, fullgraph=True)
+    found, expected = (gradients(model, run, *inputs) for run in (compiled, model))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # one cast to float32 on the way
+    assert counts(tracer) == (3, 3)
