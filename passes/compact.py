@@ -19,10 +19,9 @@ Which nodes: of the forward, those of which not all rows are needed (and what on
 ``rows`` is the union of what they need. Of the backward, what is computed from gradients of these rows: of a
 tensor of which a row is not needed, the gradient is zero there. Two things lead into such a region: the
 output gradient of a linear whose result is in it; and what an op outside of it (a head, a loss) gives as the
-gradient of a tensor in it, found by the number that autograd gave to both sides of the op. A sum of gradients
-belongs to the region as soon as one of them does: autograd adds up gradients of one tensor. For that, all
-that the region is computed from has to be in it; if it is not (a hidden state that is returned, say), nothing
-is changed.
+gradient of a tensor in it, found by the number that autograd gave to both sides of the op. If the region is
+computed from tensors with rows that are not in it (a hidden state that is returned, say; an input that wants
+a gradient), nothing is changed.
 """
 
 from __future__ import annotations
@@ -64,6 +63,8 @@ def compact_rows(
     layout = _layout(sites)
     if layout is None:
         return {}
+    if _gives_gradients_of_inputs(graph, masks):
+        return {}
     region = _Region(graph, needed, masks, layout, sites)
     return region.rewrite() if region.is_closed() else {}
 
@@ -83,6 +84,17 @@ def _layout(linears: Iterable[Node]) -> tuple[int, int] | None:
             weight[found] = weight.get(found, 0) + g.numel(op) * g.shape_of(x)[-1]
     best = max(weight, key=lambda each: weight[each], default=None)
     return None if best is None or math.prod(best) < _FEWEST_ROWS else best
+
+
+def _gives_gradients_of_inputs(graph: Graph, masks: Masks) -> bool:
+    """Whether an input that is no parameter gets a gradient: what is made of it counts as given elsewhere."""
+    output = graph.output_node()
+    inputs = {g.input_index(node): node for node in graph.find_nodes(op="placeholder")}
+    described = zip(output.args[0], output.meta.get("desc") or [], strict=False)  # type: ignore[arg-type]
+    of = [
+        getattr(getattr(what, "grad_of", None), "idx", None) for value, what in described if value is not None
+    ]
+    return any(masks.at_hand(inputs[index]) for index in of if index is not None and index in inputs)
 
 
 class Unfit(Exception):
@@ -225,7 +237,7 @@ class _Region:
         return found
 
     def _has_gradient_rows(self, x: Node) -> bool:
-        if not g.is_tensor(x) or self._masks.fixed(x) or not x.meta["val"].dtype.is_floating_point:
+        if not g.is_tensor(x) or self._masks.at_hand(x) or not x.meta["val"].dtype.is_floating_point:
             return False
         return self.lead(g.shape_of(x)) > 0
 

@@ -79,11 +79,7 @@ def _stays_zero(region: _Region, node: Node, operands: list[Node]) -> bool:
     if node.target is aten.mul.Tensor:
         return any(zero)
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        if len(node.all_input_nodes) != 2 or len(gradients) != 2:
-            return gradients == [node.args[0]] == [node.args[1]] and all(zero)
-        # Autograd adds up gradients of one tensor; all else that is added is zero where the other is.
-        sums = node.target is aten.add.Tensor and g.shape_of(gradients[0]) == g.shape_of(gradients[1])
-        return any(zero) if sums else all(zero)
+        return all(x in gradients for x in node.args[:2]) and all(zero)
     linear = node.target in _LINEAR or str(node.target).partition(".")[2].partition(".")[0].endswith(
         "_backward"
     )

@@ -323,3 +323,31 @@ def test_packed_projections_and_gates():
     found, expected = (gradients(model, run, *inputs) for run in (compiled, model))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # one cast to float32 on the way
     assert counts(tracer) == (3, 3)
+
+
+def test_an_input_that_wants_a_gradient():
+    """What else reads it, and which rows of it, is not all known."""
+    x, shown = batch()
+    x.requires_grad_()
+    model = Padded()
+    tracer = Tracer(compact=True)
+    found = []
+    for run in (torch.compile(model, backend=tracer, fullgraph=True), model):
+        x.grad = None
+        gradients(model, run, x, shown)
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+    assert counts(tracer)[0] == 0
+
+
+def test_a_learned_prefix():
+    """A parameter with rows, read by a layer that needs some of them and by one that needs others."""
+
+    def forward(m: nn.Module, x: Tensor, shown: Tensor) -> Tensor:
+        prefix = m.prefix.expand(B, -1, -1)
+        h = torch.tanh(m.a(prefix * x)) + prefix
+        first = m.b(prefix[:, 0] + h[:, 0])
+        return ((h * shown.unsqueeze(-1)).sum(1) * first).square().sum()
+
+    model = Model(forward, a=layer(WIDTH, WIDTH), b=layer(WIDTH, WIDTH), prefix=torch.randn(1, T, WIDTH))
+    assert counts(compile_and_compare(model, *batch((0, 4, 1, 0)))) == (1, 2)
