@@ -207,7 +207,7 @@ def test_inductor_draws_the_random_numbers_of_few_rows(monkeypatch):
         lambda node, ask=random_rows._is_uniform: ask(node) and not shortened.append(node),
     )
     model, found = Dropping(), []
-    backend = sparse_backend(Schedule.exact())
+    backend = sparse_backend(Schedule.exact(), debug=True)  # without caches: the passes run
     for compiler in ("inductor", backend):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=compiler)
