@@ -126,6 +126,7 @@ class _Region:
         self._tangents = g.computed_from_tangents(graph)
         self._compact: dict[Node, Node] = {}  # what is computed on few rows, and the node that does it
         self._gathered: dict[Node, Node] = {}  # what is computed on all of them, and few of its rows
+        self._entered: set[Node] = set()  # of these, the gradients that are zero in all other rows
         self._replaced: dict[Node, Node] = {}  # sums over all rows, and the same over few
         self._used: list[Mask] = []
         self.rows, self.count, self._slots, self._pairs = self._placeholders()
@@ -151,8 +152,7 @@ class _Region:
         union: Mask = self._used[0]
         for mask in dict.fromkeys(self._used[1:]):
             union = self._masks.union(union, mask)
-        assert isinstance(union, Node)
-        self.rows.args = (union,)
+        self.rows.args = (self._masks.call(aten.expand.default, union, [self.n]),)
         self._masks.move_to_end(
             [self.rows, self.count, self._slots, self._pairs[0], self._pairs[1].args[1], self._pairs[1]]
         )
@@ -165,10 +165,8 @@ class _Region:
         lead = self.lead(g.shape_of(node))
         rank = len(g.shape_of(mask))
         mask = self._masks.any_over(mask, range(lead, rank))
-        full = [self.samples, self.tokens][:lead] if lead == 2 else [self.n]
-        mask = self._masks.call(aten.expand.default, mask, [*full, *[1] * (rank - lead)])
-        mask = self._masks.call(aten.clone.default, mask, memory_format=torch.contiguous_format)
-        self._used.append(self._masks.call(aten.view.default, mask, [self.n]))
+        whole = [*([self.samples, self.tokens] if lead == 2 else [self.n]), *[1] * (rank - lead)]
+        self._used.append(self._masks.reshaped(mask, whole, [self.n]))
 
     # ---- what is in the region
 
@@ -262,7 +260,7 @@ class _Region:
 
     def is_zero_elsewhere(self, node: Any) -> bool:
         """Whether a node is a gradient of which all but the region's rows are zero."""
-        return node in self and node in self._tangents
+        return node in self._entered or (node in self._compact and node in self._tangents)
 
     def of(self, node: Node) -> Node:
         """A tensor of the region on its rows."""
@@ -312,7 +310,8 @@ class _Region:
         return self._gathered[node]
 
     def enter(self, node: Node) -> None:
-        """Take the region's rows of a tensor that is computed on all."""
+        """Take the region's rows of a tensor that is computed on all; a gradient is zero in the others."""
+        self._entered.add(node)
         with self.graph.inserting_after(node):
             self.gather(node, like=node)
 

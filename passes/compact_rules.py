@@ -128,7 +128,7 @@ def _reduce(region: _Region, node: Node) -> None:
 @_rule(aten._softmax.default, aten._log_softmax.default)
 def _softmax(region: _Region, node: Node) -> None:
     x, dim, *rest = node.args
-    if x not in region:
+    if x not in region or region.is_gradient(node):
         return
     lead, rank = region.lead(g.shape_of(node)), len(g.shape_of(node))
     dim = dim % rank  # type: ignore[operator]
@@ -180,7 +180,8 @@ def _getitem(region: _Region, node: Node) -> None:
     x: Any = node.args[0]
     if x in region and g.is_tensor(node):
         new = region.emit(operator.getitem, region.of(x), node.args[1], like=node)
-        if region.lead(g.shape_of(node)) and node.args[1] < _OF_ROWS.get(x.target, 3):  # type: ignore[operator]
+        has_rows = x.target not in _OF_ROWS or node.args[1] < _OF_ROWS[x.target]  # type: ignore[operator]
+        if has_rows and region.lead(g.shape_of(node)):
             region.set(node, new)
         else:
             region.replace(node, new)
@@ -223,6 +224,8 @@ def _put_masked(region: _Region, node: Node) -> None:
 @_rule(aten.native_layer_norm.default)
 def _norm(region: _Region, node: Node) -> None:
     x, normed, *rest = node.args
+    if region.is_gradient(node):
+        return
     if x in region and len(g.shape_of(x)) - len(normed) >= region.lead(g.shape_of(x)):  # type: ignore
         region.set(node, region.emit(node.target, region.of(x), normed, *rest, like=node))  # type: ignore[arg-type]
 
@@ -261,14 +264,12 @@ def _linear_gradient(region: _Region, node: Node) -> None:
     token, dy, x, w, *rest = node.args
     if not region.has_site(node):
         return
-    few = [
-        region.of(each) if each in region else region.gather(each, like=node)
-        for each in (dy, x)
-        if each is not None
-    ]  # type: ignore
-    if x is None:
-        few.append(None)  # type: ignore[arg-type]
-    new = region.emit(node.target, token, *few, w, *rest, region.rows, region.n, like=node)
+    if dy not in region:
+        region.enter(dy)  # type: ignore[arg-type]
+    if x is not None:
+        x = region.of(x) if x in region else region.gather(x, like=node)  # type: ignore[arg-type]
+    dy = region.of(dy)  # type: ignore[arg-type]
+    new = region.emit(node.target, token, dy, x, w, *rest, region.rows, region.n, like=node)
     region.set(node, new)
 
 
