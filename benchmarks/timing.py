@@ -131,9 +131,10 @@ class DenseTimer:
             self._runs[shape] = _dense_linear(*shape) if len(shape) == 3 else _dense_attention(*shape)
             self._seconds(shape)
 
-    def round(self) -> dict[Shape, float]:
-        """Seconds of the backward of every shape, once."""
-        return {shape: self._seconds(shape) for shape in self._runs}
+    def round(self, shapes: set[Shape]) -> dict[Shape, float]:
+        """Seconds of the backward of each of these shapes, once."""
+        self.add(shapes)
+        return {shape: self._seconds(shape) for shape in sorted(shapes)}
 
     def _seconds(self, shape: Shape) -> float:
         start = time.perf_counter()
@@ -186,11 +187,11 @@ class Measurements:
 
     def matmul_gflops(self) -> float | None:
         """Dense rate of the linear sites' backward products: FLOPs of each shape once, over their time."""
-        linears = [shape for shape in (self.dense[0] if self.dense else ()) if len(shape) == 3]
-        if not linears:
-            return None
-        seconds = [sum(times[shape] for shape in linears) for times in self.dense]
-        return sum(map(flops_of, linears)) / 1e9 / statistics.median(seconds)
+        rates = []
+        for times in self.dense:
+            if linears := [shape for shape in times if len(shape) == 3]:
+                rates.append(sum(map(flops_of, linears)) / 1e9 / sum(times[shape] for shape in linears))
+        return statistics.median(rates) if rates else None
 
     def _merit(self, name: str, dense: str) -> dict[str, Any]:
         reports = self.sites[name]
@@ -253,7 +254,9 @@ def interleave(
                 before, reports[name] = reports[name], [*trainee.sites()]
                 result.sites[name].append(last_step(before, reports[name], warmup + turn + 1))
                 tick(name)
-            result.dense.append(dense.round())
+            result.dense.append(
+                dense.round({shape for sites in reports.values() for shape in shapes_of(sites)})
+            )
             gc.collect()
     finally:
         gc.enable()

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from sparse_compile.passes import compact_rules as rules
 from sparse_compile.passes import graph as g
-from sparse_compile.passes.masks import ALL, Mask, Masks, is_one
+from sparse_compile.passes.masks import ALL, Mask, Masks, UnknownSize, is_one
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, compute_unbacked_bindings
 
@@ -65,25 +65,30 @@ def compact_rows(
         return {}
     if _gives_gradients_of_inputs(graph, masks):
         return {}
-    region = _Region(graph, needed, masks, layout, sites)
+    try:
+        region = _Region(graph, needed, masks, layout, sites)
+    except UnknownSize:
+        return {}
     return region.rewrite() if region.is_closed() else {}
 
 
-def _layout(linears: Iterable[Node]) -> tuple[int, int] | None:
-    """Samples and tokens of the batch: those of most linears, by FLOPs; None if sizes are not known."""
-    weight: dict[tuple[int, int], int] = {}
+def _layout(linears: Iterable[Node]) -> tuple[Any, Any] | None:
+    """Samples and tokens of the batch, each a number or a symbol: those of most linears, by FLOPs."""
+    layouts: dict[str, tuple[Any, Any]] = {}
+    weight: dict[str, int] = {}
     for op in linears:
         x: Any = op.args[1]
         shape = g.shape_of(x)
         if x.target in rules.VIEWS and len(g.shape_of(x.args[0])) == 3:
             shape = g.shape_of(x.args[0])
-        if not all(isinstance(size, int) for size in (*shape, *g.shape_of(op))):
-            return None
         found = (shape[0], shape[1]) if len(shape) == 3 else (shape[0], 1)
-        if math.prod(found) == g.shape_of(op)[0]:
-            weight[found] = weight.get(found, 0) + g.numel(op) * g.shape_of(x)[-1]
+        if g.same_size(math.prod(found), g.shape_of(op)[0]):
+            layouts[str(found)] = found
+            weight[str(found)] = weight.get(str(found), 0) + g.numel(op) * g.sizes(g.shape_of(x))[-1]
     best = max(weight, key=lambda each: weight[each], default=None)
-    return None if best is None or math.prod(best) < _FEWEST_ROWS else best
+    if best is None or math.prod(g.sizes(layouts[best])) < _FEWEST_ROWS:
+        return None
+    return layouts[best]
 
 
 def _gives_gradients_of_inputs(graph: Graph, masks: Masks) -> bool:
@@ -113,7 +118,7 @@ class _Region:
         graph: Graph,
         needed: dict[Node, Mask],
         masks: Masks,
-        layout: tuple[int, int],
+        layout: tuple[Any, Any],
         sites: dict[Node, Node],
     ) -> None:
         self.graph = graph
@@ -136,15 +141,16 @@ class _Region:
     def _placeholders(self) -> tuple[Node, Node, Node, list[Node]]:
         """rows [n], n, slots [N], and rows as indices of [B, T]; the mask is known when the region is."""
         call = self._masks.call
-        anything = call(aten.full.default, [self.n], True, dtype=torch.bool, device=torch.device("cpu"))
+        n, tokens = self._masks.sizes([self.n, self.tokens])
+        anything = call(aten.full.default, [n], True, dtype=torch.bool, device=torch.device("cpu"))
         rows = call(torch.ops.sparse_compile.needed_rows.default, anything)
         value = rows.meta["val"]
         bindings = compute_unbacked_bindings(value.fake_mode.shape_env, value)
         rows.meta["unbacked_bindings"] = bindings
         count = call(aten.sym_size.int, rows, 0)
-        slots = call(torch.ops.sparse_compile.row_slots.default, rows, self.n)
-        sample = call(aten.div.Tensor_mode, rows, self.tokens, rounding_mode="trunc")
-        token = call(aten.sub.Tensor, rows, call(aten.mul.Tensor, sample, self.tokens))
+        slots = call(torch.ops.sparse_compile.row_slots.default, rows, n)
+        sample = call(aten.div.Tensor_mode, rows, tokens, rounding_mode="trunc")
+        token = call(aten.sub.Tensor, rows, call(aten.mul.Tensor, sample, tokens))
         return rows, count, slots, [sample, token]
 
     def _settle_rows(self) -> None:
@@ -152,7 +158,7 @@ class _Region:
         union: Mask = self._used[0]
         for mask in dict.fromkeys(self._used[1:]):
             union = self._masks.union(union, mask)
-        self.rows.args = (self._masks.call(aten.expand.default, union, [self.n]),)
+        self.rows.args = (self._masks.call(aten.expand.default, union, self.sizes([self.n])),)
         self._masks.move_to_end(
             [self.rows, self.count, self._slots, self._pairs[0], self._pairs[1].args[1], self._pairs[1]]
         )
@@ -172,9 +178,9 @@ class _Region:
 
     def lead(self, shape: torch.Size) -> int:
         """How many dimensions of a tensor are its rows: 2 of [B, T, …], 1 of [N, …], otherwise 0."""
-        if len(shape) >= 2 and self.tokens > 1 and tuple(shape[:2]) == (self.samples, self.tokens):
+        if not is_one(self.tokens) and g.same_sizes(shape[:2], [self.samples, self.tokens]):
             return 2
-        return 1 if len(shape) >= 1 and isinstance(shape[0], int) and shape[0] == self.n else 0
+        return 1 if g.same_sizes(shape[:1], [self.n]) else 0
 
     def _is_free(self, node: Node) -> bool:
         """Whether not all rows of a node of the forward are needed."""
@@ -198,7 +204,7 @@ class _Region:
         entries: set[Node] | None = None
         for node in (each for each in self._nodes if each.op == "call_function"):
             if g.is_backward(node) or self._is_free(node):
-                skipping = contextlib.suppress(Unfit, GuardOnDataDependentSymNode)
+                skipping = contextlib.suppress(Unfit, UnknownSize, GuardOnDataDependentSymNode)
                 with skipping, self.graph.inserting_before(node):
                     self._try(node)
             if g.is_backward(node) and self.is_gradient(node):  # all of the forward has been seen
@@ -229,7 +235,7 @@ class _Region:
                 gradients = [
                     node
                     for node in backward.get(number, [])
-                    if g.is_tensor(node) and g.shape_of(node) == g.shape_of(x) and self.is_gradient(node)
+                    if g.is_tensor(node) and self.is_gradient(node) and g.same_shape(node, x)
                 ]
                 found.update(gradients[-1:] if x in self else [])
         return found
@@ -297,6 +303,14 @@ class _Region:
     def _fake_mode(self) -> Any:
         return self.rows.meta["val"].fake_mode
 
+    def sizes(self, sizes: Iterable[Any]) -> list[int | Node]:
+        """Sizes as arguments of a node.
+
+        Raises:
+            UnknownSize: one is no product of the graph's own symbols.
+        """
+        return self._masks.sizes(sizes)
+
     def gather(self, node: Node, *, like: Node) -> Node:
         """The region's rows of a tensor that has all of them."""
         if node not in self._gathered:
@@ -330,11 +344,12 @@ class _Region:
         if all(is_one(size) for size in leading):
             extra = max(0, len(its) - (rank - lead))
             return self.emit(aten.squeeze.dims, x, list(range(extra)), like=like) if extra else x
-        if list(leading) == list(shape[:lead]) and not missing:
+        if g.same_sizes(leading, shape[:lead]) and not missing:
             return self.gather(x, like=like)
         for _ in range(missing):
             x = self.emit(aten.unsqueeze.default, x, 0, like=like)
-        whole = self.emit(aten.expand.default, x, [*shape[:lead], *g.shape_of(x)[lead:]], like=like)
+        sizes = self.sizes([*shape[:lead], *g.shape_of(x)[lead:]])
+        whole = self.emit(aten.expand.default, x, sizes, like=like)
         return self.gather(whole, like=like)
 
     # ---- afterwards
@@ -369,13 +384,13 @@ class _Region:
         made = [whole]
         if self.is_gradient(node):
             here = self._masks.call(aten.ge.Scalar, self._slots, 0)
-            here = self._masks.call(aten.view.default, here, [self.n, *[1] * len(rest)])
+            here = self._masks.call(aten.view.default, here, self.sizes([self.n, *[1] * len(rest)]))
             dtype = node.meta["val"].dtype
             zero = self.emit(aten.full.default, [], 0, like=like, dtype=dtype, device=node.meta["val"].device)
             whole = self.emit(aten.where.self, here, whole, zero, like=like)
             made += [zero, whole]
-        if shape != [self.n, *rest]:
-            whole = self.emit(aten.view.default, whole, shape, like=like)
+        if not g.same_sizes(shape, [self.n, *rest]):
+            whole = self.emit(aten.view.default, whole, self.sizes(shape), like=like)
             made.append(whole)
         for each in made:
             each.meta.update(tag)

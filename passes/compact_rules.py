@@ -93,10 +93,11 @@ def _view(region: _Region, node: Node) -> None:
         return
     old, new = g.shape_of(x), g.shape_of(node)
     before, after = region.lead(old), region.lead(new)
-    if before and after and math.prod(old[before:]) == math.prod(new[after:]):
+    if before and after and g.same_size(math.prod(old[before:]), math.prod(new[after:])):
         compact = region.of(x)
-        if old[before:] != new[after:]:
-            compact = region.emit(aten.view.default, compact, [region.count, *new[after:]], like=node)
+        if not g.same_sizes(old[before:], new[after:]):
+            shape = [region.count, *region.sizes(new[after:])]
+            compact = region.emit(aten.view.default, compact, shape, like=node)
         region.set(node, compact)
 
 
@@ -120,8 +121,8 @@ def _reduce(region: _Region, node: Node) -> None:
     ):
         kept = [0, *(dim - lead + 1 for dim in dims if dim >= lead)]
         total = region.emit(node.target, region.of(x), kept, *node.args[2:], like=node, **node.kwargs)
-        if g.shape_of(total) != g.shape_of(node):
-            total = region.emit(aten.view.default, total, list(g.shape_of(node)), like=node)
+        if not g.same_shape(total, node):
+            total = region.emit(aten.view.default, total, region.sizes(g.shape_of(node)), like=node)
         region.replace(node, total)
 
 
@@ -172,7 +173,8 @@ def _expand(region: _Region, node: Node) -> None:
     shape, its = g.shape_of(node), g.shape_of(x)
     lead = region.lead(its)
     if len(its) == len(shape) and region.lead(shape) == lead:
-        region.set(node, region.emit(node.target, region.of(x), [region.count, *shape[lead:]], like=node))
+        few = [region.count, *region.sizes(shape[lead:])]
+        region.set(node, region.emit(node.target, region.of(x), few, like=node))
 
 
 @_rule(operator.getitem)
@@ -185,6 +187,15 @@ def _getitem(region: _Region, node: Node) -> None:
             region.set(node, new)
         else:
             region.replace(node, new)
+
+
+@_rule(aten.sym_size.int)
+def _size(region: _Region, node: Node) -> None:
+    """A size is known without the tensor."""
+    x, dim = node.args
+    if x in region:
+        (size,) = region.sizes([g.shape_of(x)[dim]])  # type: ignore[arg-type, index]
+        region.replace(node, size)  # type: ignore[arg-type]
 
 
 @_rule(aten.rand.default)
@@ -269,7 +280,8 @@ def _linear_gradient(region: _Region, node: Node) -> None:
     if x is not None:
         x = region.of(x) if x in region else region.gather(x, like=node)  # type: ignore[arg-type]
     dy = region.of(dy)  # type: ignore[arg-type]
-    new = region.emit(node.target, token, dy, x, w, *rest, region.rows, region.n, like=node)
+    (total,) = region.sizes([region.n])
+    new = region.emit(node.target, token, dy, x, w, *rest, region.rows, total, like=node)
     region.set(node, new)
 
 

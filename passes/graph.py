@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -183,6 +183,15 @@ def product_flops(product: Node) -> int:
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal as far as the trace knows, without adding a guard."""
     return a is b or str(a) == str(b)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal as far as the trace knows, without adding a guard."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    return same_sizes(shape_of(a), shape_of(b))
 
 
 def call(graph: Graph, target: Any, *args: Any, like: Node) -> Node:

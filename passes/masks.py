@@ -141,15 +141,13 @@ class Masks:
         return [size if isinstance(size, int) else self._symbolic(size) for size in sizes]
 
     def _symbolic(self, size: torch.SymInt) -> Node:
-        if str(size) in self._symbols:
-            return self._symbols[str(size)]
-        factors = str(size).split("*")
-        if not all(factor.isdigit() or factor in self._symbols for factor in factors):
-            raise UnknownSize(str(size))
         product: Any = 1
-        for factor in factors:
-            other = int(factor) if factor.isdigit() else self._symbols[factor]
-            product = other if product == 1 else self.call(operator.mul, product, other)
+        for base, power in size.node.expr.as_powers_dict().items():
+            factor = int(base) if base.is_Integer else self._symbols.get(str(base))
+            if factor is None or not power.is_Integer or power < 1:
+                raise UnknownSize(str(size))
+            for _ in range(int(power)):
+                product = factor if product == 1 else self.call(operator.mul, product, factor)
         return product  # type: ignore[no-any-return]
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -90,6 +90,12 @@ def _pointwise(known: Known, node: Node, mask: Mask) -> Needs:
             yield operand, known.masks.reduced_to(mask, g.shape_of(operand))
 
 
+@_rule(aten.sym_size.int)
+def _size(known: Known, node: Node, mask: Mask) -> Needs:
+    """A size needs no entry."""
+    yield from ()
+
+
 @_rule(aten.mul.Tensor)
 def _multiply(known: Known, node: Node, mask: Mask) -> Needs:
     """What is multiplied by 0 is not needed. (Only asked of factors that are masks: of others few are 0.)"""

@@ -50,4 +50,4 @@ def _is_uniform(node: Any) -> bool:
     if not isinstance(node, Node) or node.target is not inductor_prims.random:
         return False
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode")
-    return mode == "rand" and not node.kwargs.get("offset") and all(isinstance(s, int) for s in node.args[0])  # type: ignore
+    return mode == "rand" and not node.kwargs.get("offset")

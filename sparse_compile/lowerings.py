@@ -14,18 +14,18 @@ from torch._inductor.virtualized import ops
 
 _library = torch.library.Library("sparse_compile", "FRAGMENT")
 _library.define(
-    "random_rows(Tensor seed, Tensor[] index, int[] size) -> Tensor",
+    "random_rows(Tensor seed, Tensor[] index, SymInt[] size) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 
 @torch.library.register_fake("sparse_compile::random_rows")
-def _random_rows_fake(seed: Tensor, index: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def _random_rows_fake(seed: Tensor, index: Sequence[Tensor], size: Sequence[Any]) -> Tensor:
     return seed.new_empty(index[0].shape[0], *size[len(index) :], dtype=torch.float32)
 
 
 @register_lowering(torch.ops.sparse_compile.random_rows.default, type_promotion_kind=None)  # type: ignore
-def _random_rows(seed: Any, index: Sequence[Any], size: Sequence[int]) -> Any:
+def _random_rows(seed: Any, index: Sequence[Any], size: Sequence[Any]) -> Any:
     """The numbers that ``inductor_random(size, seed, "rand")`` has at ``index``.
 
     Args:
@@ -38,12 +38,12 @@ def _random_rows(seed: Any, index: Sequence[Any], size: Sequence[int]) -> Any:
     def number(position: Sequence[Any]) -> Any:
         row: Any = ops.constant(0, torch.int32)
         for load, length in zip(loaders, size, strict=False):
-            step = ops.mul(row, ops.constant(length, torch.int32))
+            step = ops.mul(row, ops.index_expr(length, torch.int32))
             row = ops.add(step, ops.to_dtype(load([position[0]]), torch.int32))
         within: Any = 0
         for i, length in zip(position[1:], rest, strict=True):
             within = within * length + i
-        start = ops.mul(row, ops.constant(math.prod(rest), torch.int32))
+        start = ops.mul(row, ops.index_expr(math.prod(rest), torch.int32))
         return ops.rand(load_seed([]), ops.add(start, ops.index_expr(within, torch.int32)))
 
     numbers = ir.Pointwise.create(

@@ -83,7 +83,7 @@ _library.define(
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
-    " bool dw_transposed, bool handed_over=False, bool dx_whole=False, Tensor? rows=None, int total=0)"
+    " bool dw_transposed, bool handed_over=False, bool dx_whole=False, Tensor? rows=None, SymInt total=0)"
     " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
@@ -92,7 +92,7 @@ _library.define(
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define("needed_rows(Tensor needed) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
-_library.define("row_slots(Tensor rows, int total) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
+_library.define("row_slots(Tensor rows, SymInt total) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
 _library.define(
     "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
@@ -314,7 +314,8 @@ def _needed_rows(needed: Tensor) -> Tensor:
 @torch.library.register_fake("sparse_compile::needed_rows")
 def _needed_rows_fake(needed: Tensor) -> Tensor:
     # Not `new_dynamic_size`: it asks for `capture_dynamic_output_shape_ops`, a setting for the user's own.
-    count = allocate_size(torch.library.get_ctx()._shape_env, _FEWEST, needed.shape[0])
+    most = needed.shape[0] if isinstance(needed.shape[0], int) else None
+    count = allocate_size(torch.library.get_ctx()._shape_env, _FEWEST, most)
     return needed.new_empty(count, dtype=torch.int64)
 
 

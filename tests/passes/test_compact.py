@@ -265,10 +265,33 @@ def test_near_misses_carry_all_rows(what):
     assert not tracer.trace.graph.find_nodes(op="call_function", target=ops.needed_rows.default)
 
 
-def test_dynamic_shapes_carry_all_rows():
-    tracer = compile_and_compare(Padded(), *batch(), dynamic=True)
-    assert counts(tracer)[0] == 0
-    assert len(tracer.trace.graph.find_nodes(op="call_function", target=ops.linear_forward.default)) == 4
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_one_graph_serves_batches_of_any_size(decomposed):
+    model, tracer = Padded(), Tracer(INDUCTORS() if decomposed else None, compact=True)
+    compiled = torch.compile(model, backend=tracer, fullgraph=True, dynamic=True)
+    for samples, tokens in ((4, 16), (3, 7), (5, 2), (2, 30)):
+        x, shown = torch.randn(samples, tokens, WIDTH, dtype=DOUBLE), torch.rand(samples, tokens) > 0.6
+        assert_equal(gradients(model, compiled, x, shown), gradients(model, model, x, shown))
+    assert counts(tracer) == (4, 5)
+    assert not [
+        node
+        for node in tracer.trace.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        if node.args[0].target in (aten.view.default, aten._unsafe_index.Tensor)
+    ]
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["as traced", "decomposed"])
+@pytest.mark.parametrize("case", ["first token, dropout", "some tokens", "last token, gpt2", "next token"])
+def test_gradients_under_dynamic_shapes(case, decomposed):
+    build, inputs = CASES[case]
+    model, found = build(), []
+    table = INDUCTORS() if decomposed else None
+    for tracer in (Tracer(table), few := Tracer(table, compact=True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=tracer, fullgraph=True, dynamic=True)
+        found.append(gradients(model, compiled, **inputs()))
+    assert_equal(found[1], found[0])
+    assert counts(few) == CARRIED[case]
 
 
 def test_a_small_batch_carries_all_rows(monkeypatch):
