@@ -40,7 +40,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, c
 
 aten = torch.ops.aten
 
-_FEWEST_ROWS = 64  # of a batch; with fewer there is nothing to gain
+_FEWEST_ROWS = 64  # of batches of one size; with fewer there is nothing to gain
 
 
 def compact_rows(
@@ -86,9 +86,10 @@ def _layout(linears: Iterable[Node]) -> tuple[Any, Any] | None:
             layouts[str(found)] = found
             weight[str(found)] = weight.get(str(found), 0) + g.numel(op) * g.sizes(g.shape_of(x))[-1]
     best = max(weight, key=lambda each: weight[each], default=None)
-    if best is None or math.prod(g.sizes(layouts[best])) < _FEWEST_ROWS:
+    if best is None:
         return None
-    return layouts[best]
+    rows = math.prod(layouts[best])
+    return None if isinstance(rows, int) and rows < _FEWEST_ROWS else layouts[best]
 
 
 def _gives_gradients_of_inputs(graph: Graph, masks: Masks) -> bool:

@@ -198,6 +198,24 @@ class Dropping(Net):
         return torch.nn.functional.layer_norm(x + torch.nn.functional.dropout(h, 0.3), (WIDTH,))
 
 
+def test_a_smaller_batch_at_the_end_of_an_epoch():
+    """There Dynamo goes over to dynamic shapes, and uses that graph for all that follows."""
+    model = Net()
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    compiled = torch.compile(model, backend=backend)
+    for samples in (SAMPLES, SAMPLES, SAMPLES - 2, SAMPLES, SAMPLES + 3):
+        x = torch.randn(samples, TOKENS, WIDTH)
+        shown = (torch.arange(TOKENS) < LENGTH).expand(samples, -1).contiguous()
+        found = []
+        for run in (compiled, model):
+            model.zero_grad()
+            run(x, shown).backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        torch.testing.assert_close(*found)
+    assert len(backend.graphs) == 2
+    assert all(sites(backend)[name].carried for name in ("up", "down"))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor_draws_the_random_numbers_of_few_rows(monkeypatch, dynamic):
     """Under dropout, and with another number of rows in each step, a step is plain torch.compile's; so it is
