@@ -27,20 +27,18 @@ a gradient), nothing is changed.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from sparse_compile.passes import compact_rules as rules
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.layouts import layouts_of
 from sparse_compile.passes.masks import ALL, Mask, Masks, UnknownSize, is_one
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, compute_unbacked_bindings
 
 aten = torch.ops.aten
-
-_FEWEST_ROWS = 64  # of batches of one size; with fewer there is nothing to gain
 
 
 def compact_rows(
@@ -55,41 +53,22 @@ def compact_rows(
         graph: the joint graph, changed in place, after its linears have been rewritten.
         needed: what is needed of each node of the forward (``passes/needed.py``).
         masks: makes the masks.
-        sites: the ``linear_backward`` op of each ``linear_forward``; the rows are those of most of them.
+        sites: the ``linear_backward`` op of each ``linear_forward``.
 
     Returns:
         The ops of ours that were replaced, and by what.
     """
-    layout = _layout(sites)
-    if layout is None:
-        return {}
+    replaced: dict[Node, Node] = {}
     if _gives_gradients_of_inputs(graph, masks):
         return {}
-    try:
-        region = _Region(graph, needed, masks, layout, sites)
-    except UnknownSize:
-        return {}
-    return region.rewrite() if region.is_closed() else {}
-
-
-def _layout(linears: Iterable[Node]) -> tuple[Any, Any] | None:
-    """Samples and tokens of the batch, each a number or a symbol: those of most linears, by FLOPs."""
-    layouts: dict[str, tuple[Any, Any]] = {}
-    weight: dict[str, int] = {}
-    for op in linears:
-        x: Any = op.args[1]
-        shape = g.shape_of(x)
-        if x.target in rules.VIEWS and len(g.shape_of(x.args[0])) == 3:
-            shape = g.shape_of(x.args[0])
-        found = (shape[0], shape[1]) if len(shape) == 3 else (shape[0], 1)
-        if g.same_size(math.prod(found), g.shape_of(op)[0]):
-            layouts[str(found)] = found
-            weight[str(found)] = weight.get(str(found), 0) + g.numel(op) * g.sizes(g.shape_of(x))[-1]
-    best = max(weight, key=lambda each: weight[each], default=None)
-    if best is None:
-        return None
-    rows = math.prod(layouts[best])
-    return None if isinstance(rows, int) and rows < _FEWEST_ROWS else layouts[best]
+    for layout in layouts_of(sites):
+        left = {forward: backward for forward, backward in sites.items() if forward not in replaced}
+        try:
+            region = _Region(graph, needed, masks, layout, left)
+        except UnknownSize:
+            continue
+        replaced |= region.rewrite() if region.is_closed() else {}
+    return replaced
 
 
 def _gives_gradients_of_inputs(graph: Graph, masks: Masks) -> bool:
@@ -282,6 +261,8 @@ class _Region:
         Args:
             own_rows: ``node`` may need rows that its operands in the region do not.
         """
+        if g.is_tensor(node):
+            self.sizes(g.shape_of(node))  # else it could not be written out
         self._compact[node] = compact
         if own_rows and not g.is_backward(node):
             self._note(node)
@@ -366,6 +347,8 @@ class _Region:
                 if chosen := [user for user in readers if g.is_backward(user) == side]:
                     with self.graph.inserting_before(min(chosen)):
                         whole = self._written_out(node, compact, like=node, backward=side)
+                    if not side and node in self._needed:  # for the next layout
+                        self._needed[whole] = self._needed[node]
                     for user in chosen:
                         user.replace_input_with(node, whole)
         for node in reversed(self._nodes):
