@@ -5,6 +5,9 @@ Every ``cal_var_freq`` steps is a *measurement*: its backward is exact, and ever
     BlockSite  ─► observe_samples(name, norms)          from the last block to the first
     LinearSite ─► observe_rows(name, dY, X, dW)         after the block that it is in
     Clock      ─► end_of_step()                         new shares, from all of that
+    both       ─► acted()                               in a later step, if a share makes it compute less
+
+Where no site acts, a measurement was for nothing, and the next ones come ever more rarely.
 
 What is measured and decided is said in ``methods/vcas.py``. There are no extra passes, and a weight's
 variance is that of rows drawn after samples were dropped: one drop is drawn for it at each block.
@@ -23,6 +26,9 @@ from sparse_compile.methods import sample, vcas
 from sparse_compile.methods.rows import number_kept, wide
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.adaptive import Adaptive
+
+# Measurements that find nothing to save come after 2, 4 and at last 8 times `cal_var_freq` steps.
+_MOST_DOUBLINGS = 3
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,6 +84,8 @@ class Controller:
         self._seen_blocks: dict[str, Block] = {}
         self._seen_weights: dict[str, Weight] = {}
         self._overflowed = False  # after some of it was seen
+        self._acted = False  # since the last measurement
+        self._doublings = 0
 
     @property
     def adaptive(self) -> bool:
@@ -87,7 +95,11 @@ class Controller:
     def measures(self, step: int) -> bool:
         """Whether the backward of this step is a measurement."""
         setting = self.blocks or self.linear
-        return setting is not None and step % setting.cal_var_freq == 0
+        return setting is not None and step % (setting.cal_var_freq << self._doublings) == 0
+
+    def acted(self) -> None:
+        """A site computes less in this step because of a share."""
+        self._acted = True
 
     def sample_share(self, name: str) -> float:
         """The share of the samples that goes on behind a block."""
@@ -195,8 +207,13 @@ class Controller:
             return
         sgd = sum(weight.sgd for weight in weights.values())
         act = sum(weight.act for weight in weights.values())
+        pays = self._acted or not self.history  # after the first one nothing can have acted
         if self.blocks is not None and blocks:
-            self._renew_samples(self.blocks, blocks, list(weights.values()), act, sgd)
+            pays |= self._renew_samples(self.blocks, blocks, list(weights.values()), act, sgd)
+        # The paper's update has to measure on: a step of s at a time leads to where something pays.
+        by_steps = (self.blocks or self.linear).update == "step"  # type: ignore[union-attr]
+        self._doublings = 0 if pays or by_steps else min(self._doublings + 1, _MOST_DOUBLINGS)
+        self._acted = False
         if self.linear is not None:
             for name, weight in weights.items():
                 self._row_shares[name] = self._next_row_share(self.linear, name, weight)
@@ -217,7 +234,8 @@ class Controller:
 
     def _renew_samples(
         self, setting: Adaptive, blocks: dict[str, Block], weights: list[Weight], act: float, sgd: float
-    ) -> None:
+    ) -> bool:
+        """Whether a sample will be dropped, once the shares are as measured."""
         names = list(reversed(blocks))  # from the first block to the last
         norms = [blocks[name].norms for name in names]
 
@@ -232,9 +250,11 @@ class Controller:
                 self.s -= setting.s_step
         else:
             self.s = vcas.next_s(self.s, act, sgd, tau=setting.act_tau, step=setting.s_step)
-        for name, share in shares(self.s).items():
+        found = shares(self.s)
+        for name, share in found.items():
             old = self._sample_shares.get(name, 1.0)
             self._sample_shares[name] = setting.smoothing * old + (1 - setting.smoothing) * share
+        return any(number_kept(found[name], len(blocks[name].p)) < len(blocks[name].p) for name in names)
 
     def _next_row_share(self, setting: Adaptive, name: str, weight: Weight) -> float:
         if setting.update == "solve":
@@ -250,6 +270,8 @@ class Controller:
             "sample_shares": dict(self._sample_shares),
             "row_shares": dict(self._row_shares),
             "caps": dict(self._caps),
+            "acted": self._acted,
+            "doublings": self._doublings,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,6 +280,8 @@ class Controller:
         self._sample_shares = dict(state["sample_shares"])
         self._row_shares = dict(state["row_shares"])
         self._caps = dict(state.get("caps", {}))
+        self._acted = state.get("acted", False)
+        self._doublings = state.get("doublings", 0)
 
 
 def _dropping(blocks: dict[str, Block], weights: list[Weight], shares: dict[str, float]) -> float:

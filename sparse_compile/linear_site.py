@@ -283,6 +283,7 @@ class LinearSite(Site):
         if isinstance(method, Adaptive):
             if self._device is not None:
                 live = int(norms.count_nonzero())  # the one count that a GPU is waited for
+            self.controller.acted()
             k, gradients = number_kept(self._share(method), live), "weight"
             clip = self.controller.cap(self.name)
         else:
