@@ -47,8 +47,7 @@ class BlockSite(Site):
                 clip = phase.blocks.clip if isinstance(phase.blocks, Sample) else None
                 kept = sample.rows(norms, number_kept(share, len(norms)), clip, draw)
                 computed = kept.computed
-                if computed < live:
-                    self.controller.acted()
+                self.controller.dropped(live - computed, len(norms))
                 weights = torch.zeros_like(squares)
                 weights[kept.kept] = 1.0 if kept.scale is None else kept.scale.to(weights)
         self.counters.backwards += 1

@@ -5,9 +5,9 @@ Every ``cal_var_freq`` steps is a *measurement*: its backward is exact, and ever
     BlockSite  ─► observe_samples(name, norms)          from the last block to the first
     LinearSite ─► observe_rows(name, dY, X, dW)         after the block that it is in
     Clock      ─► end_of_step()                         new shares, from all of that
-    both       ─► acted()                               in a later step, if a share makes it compute less
+    both       ─► saved(flops)                          in the steps after it, whose shares are below 1
 
-Where no site acts, a measurement was for nothing, and the next ones come ever more rarely.
+Where less is saved than a measurement costs, the next ones come ever more rarely.
 
 What is measured and decided is said in ``methods/vcas.py``. There are no extra passes, and a weight's
 variance is that of rows drawn after samples were dropped: one drop is drawn for it at each block.
@@ -27,8 +27,10 @@ from sparse_compile.methods.rows import number_kept, wide
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.adaptive import Adaptive
 
-# Measurements that find nothing to save come after 2, 4 and at last 8 times `cal_var_freq` steps.
+# Measurements that save too little come after 2, 4 and at last 8 times `cal_var_freq` steps.
 _MOST_DOUBLINGS = 3
+# A block that drops fewer of its samples is not what a measurement was worth.
+_FEWEST_DROPPED = 0.1
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,7 +86,9 @@ class Controller:
         self._seen_blocks: dict[str, Block] = {}
         self._seen_weights: dict[str, Weight] = {}
         self._overflowed = False  # after some of it was seen
-        self._acted = False  # since the last measurement
+        self._saved = 0.0  # FLOPs of linears since the last measurement
+        self._dropped = False  # many samples, since then
+        self._cost = 0.0  # FLOPs of what the present one computes beside the gradients
         self._doublings = 0
 
     @property
@@ -97,9 +101,14 @@ class Controller:
         setting = self.blocks or self.linear
         return setting is not None and step % (setting.cal_var_freq << self._doublings) == 0
 
-    def acted(self) -> None:
-        """A site computes less in this step because of a share."""
-        self._acted = True
+    def saved(self, flops: float) -> None:
+        """A linear computes so much less in this step because of its share."""
+        self._saved += flops
+
+    def dropped(self, count: int, samples: int) -> None:
+        """A block drops so many of its samples in this step. What that saves further down is not counted, but
+        it is no little."""
+        self._dropped |= count >= _FEWEST_DROPPED * samples
 
     def sample_share(self, name: str) -> float:
         """The share of the samples that goes on behind a block."""
@@ -137,6 +146,8 @@ class Controller:
             # An overflow under mixed precision, whose step will be skipped.
             self._overflowed = bool(self._seen_blocks or self._seen_weights)
             return
+        # Gram matrices of tokens, and the products of what is not drawn, for samples and for rows.
+        self._cost += len(dy) * (2 * tokens * (dy.shape[1] + x.shape[1]) + 4 * dy.shape[1] * x.shape[1])
         sgd = vcas.sgd_variance(squares, total)
         block = next(reversed(self._seen_blocks), None)
         act = 0.0
@@ -157,6 +168,7 @@ class Controller:
         self._seen_blocks.clear()
         self._seen_weights.clear()
         self._overflowed = False
+        self._cost = 0.0
 
     def _measure_rows(self, name: str, dy: Tensor, x: Tensor, sgd: float) -> tuple[float, float, float]:
         """The error that drawing rows adds at the present share, the smallest share that may be, and the cap
@@ -207,13 +219,15 @@ class Controller:
             return
         sgd = sum(weight.sgd for weight in weights.values())
         act = sum(weight.act for weight in weights.values())
-        pays = self._acted or not self.history  # after the first one nothing can have acted
+        # After the first one nothing can have been saved.
+        enough = self._saved >= self._cost * (1 << self._doublings)
+        pays = enough or self._dropped or not self.history
         if self.blocks is not None and blocks:
             pays |= self._renew_samples(self.blocks, blocks, list(weights.values()), act, sgd)
         # The paper's update has to measure on: a step of s at a time leads to where something pays.
         by_steps = (self.blocks or self.linear).update == "step"  # type: ignore[union-attr]
         self._doublings = 0 if pays or by_steps else min(self._doublings + 1, _MOST_DOUBLINGS)
-        self._acted = False
+        self._saved, self._dropped, self._cost = 0.0, False, 0.0
         if self.linear is not None:
             for name, weight in weights.items():
                 self._row_shares[name] = self._next_row_share(self.linear, name, weight)
@@ -235,7 +249,7 @@ class Controller:
     def _renew_samples(
         self, setting: Adaptive, blocks: dict[str, Block], weights: list[Weight], act: float, sgd: float
     ) -> bool:
-        """Whether a sample will be dropped, once the shares are as measured."""
+        """Whether many samples will be dropped, once the shares are as measured."""
         names = list(reversed(blocks))  # from the first block to the last
         norms = [blocks[name].norms for name in names]
 
@@ -254,7 +268,8 @@ class Controller:
         for name, share in found.items():
             old = self._sample_shares.get(name, 1.0)
             self._sample_shares[name] = setting.smoothing * old + (1 - setting.smoothing) * share
-        return any(number_kept(found[name], len(blocks[name].p)) < len(blocks[name].p) for name in names)
+        kept = {name: number_kept(found[name], len(blocks[name].p)) / len(blocks[name].p) for name in names}
+        return min(kept.values()) <= 1 - _FEWEST_DROPPED
 
     def _next_row_share(self, setting: Adaptive, name: str, weight: Weight) -> float:
         if setting.update == "solve":
@@ -270,7 +285,8 @@ class Controller:
             "sample_shares": dict(self._sample_shares),
             "row_shares": dict(self._row_shares),
             "caps": dict(self._caps),
-            "acted": self._acted,
+            "saved": self._saved,
+            "dropped": self._dropped,
             "doublings": self._doublings,
         }
 
@@ -280,7 +296,7 @@ class Controller:
         self._sample_shares = dict(state["sample_shares"])
         self._row_shares = dict(state["row_shares"])
         self._caps = dict(state.get("caps", {}))
-        self._acted = state.get("acted", False)
+        self._saved, self._dropped = state.get("saved", 0.0), state.get("dropped", False)
         self._doublings = state.get("doublings", 0)
 
 

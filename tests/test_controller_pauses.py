@@ -1,6 +1,7 @@
-"""Measurements become rare where nothing that they allow saves anything, and only there."""
+"""Measurements become rare where they cost more than what they allow saves, and only there."""
 
 import json
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def show_equal_samples(controller: Controller, step: int) -> None:
 
 
 def measured(
-    controller: Controller, steps: range, show=show_equal_samples, acting: range = range(0)
+    controller: Controller, steps: range, show=show_equal_samples, acting: Collection[int] = ()
 ) -> list[int]:
     found = []
     for step in steps:
@@ -28,7 +29,7 @@ def measured(
             found.append(step)
             show(controller, step)
         elif step in acting:
-            controller.acted()
+            controller.saved(COST / 4)  # 4 steps lie between two measurements
         controller.end_of_step(step)
     return found
 
@@ -36,6 +37,8 @@ def measured(
 def solving(**settings) -> Controller:
     return Controller(Schedule.vcas(update="solve", cal_var_freq=5, **settings))
 
+
+COST = BATCH * TOKENS * (2 * TOKENS * (4 + 5) + 4 * 4 * 5)  # of measuring the one linear that is shown
 
 RARER = [0, 5, 10, 20, 40, 80, 120]
 
@@ -54,16 +57,34 @@ def test_the_papers_update_measures_on():
     assert measured(controller, range(31)) == [0, 5, 10, 15, 20, 25, 30]
 
 
-def test_a_site_that_acts_keeps_the_measurements_coming():
+def test_sites_that_save_what_a_measurement_costs_keep_them_coming():
     assert measured(solving(), range(31), acting=range(31)) == [0, 5, 10, 15, 20, 25, 30]
 
 
-def test_a_site_that_acts_after_a_pause_brings_them_back():
-    assert measured(solving(), range(60), acting=range(21, 60)) == [*RARER[:5], 45, 50, 55]
+def test_sites_that_save_less_do_not():
+    """All but one of the steps between two measurements."""
+    acting = [step for step in range(125) if step % 5 != 1]
+    assert measured(solving(), range(125), acting=acting) == RARER
 
 
-def test_so_does_a_sample_that_will_be_dropped_once_shares_have_followed():
-    """With much smoothing no site acts yet, but the controller is on its way."""
+def test_sites_that_save_it_over_a_whole_pause_bring_them_back():
+    assert measured(solving(), range(100), acting=range(41, 100)) == [*RARER[:6], 85, 90, 95]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, [0, 5, 10, 15]), (1, [0, 5, 10])])
+def test_blocks_that_drop_a_tenth_of_the_samples_keep_them_coming(count, expected):
+    controller = solving()
+
+    def show(controller, step):
+        show_equal_samples(controller, step)
+        controller.end_of_step(step)
+        controller.dropped(count, BATCH)
+
+    assert measured(controller, range(16), show) == expected
+
+
+def test_so_do_samples_that_will_be_dropped_once_shares_have_followed():
+    """With much smoothing no site saves anything yet, but the controller is on its way."""
     controller = solving(act_tau=0.5, smoothing=0.999)
 
     def show(controller, step):

@@ -22,7 +22,7 @@ class Adaptive:
         act_tau: the variance that dropping samples may add, as a share of SGD's own, a number > 0.
         weight_tau: the same for the rows of each weight gradient.
         cal_var_freq: steps between two measurements, an int >= 1. With `update="solve"` up to 8 times as
-            many, for as long as nothing that the measurements allow makes a step compute less.
+            many, for as long as the shares save less than measuring costs.
         s_step: alpha, by how much s changes: the share of the gradient norm that the kept samples carry.
         ratio_step: beta, the factor by which the share of rows of a weight gradient changes.
         smoothing: the share of the old one in a new share of samples, a number in [0, 1).
