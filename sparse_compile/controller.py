@@ -107,8 +107,8 @@ class Controller:
 
     def dropped(self, count: int, samples: int) -> None:
         """A block drops so many of its samples in this step. What that saves further down is not counted, but
-        it is no little."""
-        self._dropped |= count >= _FEWEST_DROPPED * samples
+        it is no little. (A share that the user has fixed owes nothing to a measurement.)"""
+        self._dropped |= self.blocks is not None and count >= _FEWEST_DROPPED * samples
 
     def sample_share(self, name: str) -> float:
         """The share of the samples that goes on behind a block."""

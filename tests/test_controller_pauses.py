@@ -83,6 +83,17 @@ def test_blocks_that_drop_a_tenth_of_the_samples_keep_them_coming(count, expecte
     assert measured(controller, range(16), show) == expected
 
 
+def test_blocks_with_a_fixed_share_do_not():
+    linear = Sample.adaptive(update="solve", cal_var_freq=5)
+    controller = Controller(Schedule(blocks=Sample(0.5), linear=linear))
+
+    def show(controller, step):
+        show_equal_samples(controller, step)
+        controller.dropped(BATCH // 2, BATCH)
+
+    assert measured(controller, range(125), show) == RARER
+
+
 def test_so_do_samples_that_will_be_dropped_once_shares_have_followed():
     """With much smoothing no site saves anything yet, but the controller is on its way."""
     controller = solving(act_tau=0.5, smoothing=0.999)
