@@ -5,7 +5,7 @@ Every ``cal_var_freq`` steps is a *measurement*: its backward is exact, and ever
     BlockSite  ─► observe_samples(name, norms)          from the last block to the first
     LinearSite ─► observe_rows(name, dY, X, dW)         after the block that it is in
     Clock      ─► end_of_step()                         new shares, from all of that
-    both       ─► saved(flops)                          in the steps after it, whose shares are below 1
+    both       ─► saved(flops), dropped(count)          in the steps after it, whose shares are below 1
 
 Where less is saved than a measurement costs, the next ones come ever more rarely.
 

@@ -105,9 +105,9 @@ def test_so_do_samples_that_will_be_dropped_once_shares_have_followed():
     assert min(controller.history[-1]["sample_shares"].values()) > 0.99
 
 
+@pytest.mark.parametrize("acting", [range(32, 60), range(60)])
 @pytest.mark.parametrize("stop", [8, 17, 30])
-def test_a_resumed_controller_pauses_as_an_uninterrupted_one(stop):
-    acting = range(32, 60)
+def test_a_resumed_controller_pauses_as_an_uninterrupted_one(stop, acting):
     first = solving()
     steps = measured(first, range(stop), acting=acting)
     second = solving()
