@@ -4,8 +4,9 @@
     --task shakespeare   pretrain a small byte-level GPT on Shakespeare; judged by validation loss
 
 Everything but the method is the same for all runs: weights, batches, Trainer. Two rivals need no sparsity at
-all and belong beside it: dense with `--dynamic-padding`, and dense with a smaller batch (`dense:batch=16`),
-which has the compute of a method that skips half. `:steps=N` lets a method train longer.
+all and belong beside it: dense padded to the longest review of each batch (`dense:padding=dynamic`), and
+dense with a smaller batch (`dense:batch=16`), which has the compute of a method that skips half. `:steps=N`
+lets a method train longer.
 
 Steps that follow each other meet a machine in different moods, so time is not taken from the runs themselves:
 the time axis is steps x the median of alternating steps, one block of which ends the first seed.
@@ -33,9 +34,11 @@ from sparse_compile import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
-    "reviews": "dense,dense:batch=16,exact,reuse:0.9,sample:0.25/weight,vcas/solve/freq=20",
+    "reviews": "dense,dense:padding=dynamic,dense:batch=16,exact,reuse:0.9,sample:0.25,sample:0.25/clip=2,"
+    "sample:0.1,sample:0.1/clip=2,vcas/solve/freq=20",
     "shakespeare": "dense,dense:batch=8:steps=1000,exact,reuse:0.9,sample:0.25,vcas/solve/freq=20",
 }
+OWN = re.compile(r":(batch|steps|padding)=(\w*)")
 
 console = Console()
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -47,7 +50,8 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="Separated by commas: dense, or a method of step_time.py; each with :batch=N or :steps=N.",
+            help="Separated by commas: dense, or a method of step_time.py; each with :batch=N, :steps=N or "
+            ":padding=dynamic.",
             show_default="those of the issue",
         ),
     ] = "",
@@ -89,6 +93,10 @@ def main(
                 static_padding=static_padding,
             )
         else:
+            if padded := [entry.name for entry in entries if entry.static_padding is not None]:
+                raise ValueError(
+                    f"methods: {padded[0]!r} sets the padding; all samples of this task are as long"
+                )
             work = shakespeare(
                 steps=steps,
                 batch_size=batch_size or 16,
@@ -109,10 +117,12 @@ def parse_entries(text: str) -> list[Entry]:
     """The methods of the command line. Refuses what it does not know."""
     entries: list[Entry] = []
     for name in (part.strip() for part in text.split(",")):
-        own = dict(re.findall(r":(batch|steps)=(\d+)", name))
-        method = re.sub(r":(batch|steps)=\d+", "", name)
-        if ":batch" in method or ":steps" in method:
+        own = dict(OWN.findall(name))
+        method = OWN.sub("", name)
+        if not all(own.get(key, "1").isdigit() for key in ("batch", "steps")):
             raise ValueError(f"methods: {name!r} needs a whole number as its batch or steps")
+        if own.get("padding", "static") not in ("static", "dynamic"):
+            raise ValueError(f"methods: {name!r} needs dynamic or static as its padding")
         schedule = None
         if method != DENSE:
             (parsed,) = parse_methods(method)
@@ -125,6 +135,7 @@ def parse_entries(text: str) -> list[Entry]:
                 schedule=None if schedule is None else Schedule.from_dict(schedule),
                 batch_size=int(own.get("batch", 0)) or None,
                 steps=int(own.get("steps", 0)) or None,
+                static_padding=own["padding"] == "static" if "padding" in own else None,
             )
         )
     if entries[0].name != DENSE:
@@ -164,6 +175,9 @@ class Found:
 def run_seed(found: Found, entries: list[Entry], task: Task, seed: int, rounds: int) -> None:
     """Train what is missing of one seed, then take alternating steps of what was trained."""
     torch._dynamo.config.recompile_limit = 4 * len(entries)
+    # A batch of another size would else make the size a symbol, also for the methods that follow. (Dynamic
+    # padding marks its lengths as such.)
+    torch._dynamo.config.automatic_dynamic_shapes = False
     trainers: dict[str, Any] = {}
     for entry in entries:
         if found.has(entry.name, seed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,16 +30,18 @@ CURVE_WINDOWS = 128  # of the held-out windows, for each point of a curve
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One method: its schedule (None: plain torch.compile), its batch size and steps, if not everyone's."""
+    """One method: its schedule (None: plain torch.compile), and what of the recipe it has of its own."""
 
     name: str
     schedule: Schedule | None
     batch_size: int | None = None
     steps: int | None = None
+    static_padding: bool | None = None
 
-    def own(self) -> dict[str, int]:
+    def own(self) -> dict[str, Any]:
         """What of the recipe is different for it."""
-        return {key: value for key in ("batch_size", "steps") if (value := getattr(self, key)) is not None}
+        keys = ("batch_size", "steps", "static_padding")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +70,23 @@ def reviews(
         learning_rate=lr,
         static_padding=static_padding,
     )
-    tokens = _finetuning.tokenize(
-        recipe.model,
-        split,
-        curve_samples=CURVE_REVIEWS,
-        max_length=max_length,
-        static_padding=static_padding,
-    )
+
+    @functools.cache
+    def tokens(static: bool) -> _finetuning.Tokens:
+        return _finetuning.tokenize(
+            recipe.model, split, curve_samples=CURVE_REVIEWS, max_length=max_length, static_padding=static
+        )
 
     def train(entry: Entry, seed: int) -> tuple[Run, CompiledTrainer]:
-        variant = Variant(name=entry.name, schedule=entry.schedule)
-        return _finetuning.train(variant, replace(recipe, **entry.own()), tokens, seed)
+        variant, own = Variant(name=entry.name, schedule=entry.schedule), replace(recipe, **entry.own())
+        return _finetuning.train(variant, own, tokens(own.static_padding), seed)
 
     padding = "static" if static_padding else "dynamic"
     settings = {
         "steps": recipe.steps,
         "train_samples": count,
         "held_out": len(split.held_out),
-        "curve_samples": len(tokens.curve),
+        "curve_samples": len(tokens(static_padding).curve),
         "batch_size": batch_size,
         "max_length": max_length,
         "lr": lr,

@@ -122,21 +122,21 @@ def fit(
 
 def interleave(trainers: dict[str, CompiledTrainer], rounds: int) -> dict[str, list[float]]:
     """Seconds per step of each trainer, taking turns on the same batches (or the same number of its own, if
-    its batches are smaller); the first round warms up.
+    its batches are smaller or padded otherwise); the first round warms up.
 
     Runs that follow each other meet a machine in different moods. Steps that alternate do not, so their
     ratio is the speed-up to quote. The trained models serve once more: no further compile is needed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    batches: dict[int, list[dict[str, torch.Tensor]]] = {}
+    batches: dict[tuple[int, bool], list[dict[str, torch.Tensor]]] = {}
     for trainer in trainers.values():
-        if trainer.args.train_batch_size not in batches:
-            batches[trainer.args.train_batch_size] = trainer.some_batches(rounds + 1)
+        if trainer.batch_shape not in batches:
+            batches[trainer.batch_shape] = trainer.some_batches(rounds + 1)
     for number in range(rounds + 1):
         # Every other round in reverse, so that nobody always follows the same neighbour.
         for name in list(trainers)[:: 1 if number % 2 else -1]:
             trainer = trainers[name]
-            taken = trainer.timed_step(batches[trainer.args.train_batch_size][number])
+            taken = trainer.timed_step(batches[trainer.batch_shape][number])
             if number > 0:
                 seconds[name].append(taken)
     return seconds
@@ -164,6 +164,11 @@ class CompiledTrainer(transformers.Trainer):
                 if tensor.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
         return inputs
+
+    @property
+    def batch_shape(self) -> tuple[int, bool]:
+        """What the shapes of its batches depend on."""
+        return self.args.train_batch_size, self.dynamic_length
 
     def some_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
         """`count` training batches, over several epochs if one is too short."""

@@ -108,8 +108,8 @@ def module_path(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """A module path as Dynamo writes it, without the frame's variable and what wrappers add."""
-    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"^[LG]\['[^']*'\]", "", path))
-    return naming.clean(path)
+    _, path = naming.split_variable(path)
+    return naming.clean(re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path))
 
 
 def module_class(node: Node) -> str:

@@ -52,6 +52,19 @@ class Owner:
         return f"{self.prefix}{name.removeprefix(self.surplus)}".rstrip(".")
 
 
+def split_variable(source: str) -> tuple[str, str]:
+    """What Dynamo calls a module or a parameter, as the variable of the frame and the rest of the path.
+
+    Around a forward with a decorator the frame is ``def wrapper(*args, **kwargs)``, and ``args[0]`` is what
+    the forward calls ``self``.
+    """
+    found = re.match(r"[LG]\['([^']*)'\]", source)
+    if found is None:
+        return "", source
+    variable, rest = found[1], source[found.end() :]
+    return variable, rest.removeprefix("[0]") if variable == "args" else rest
+
+
 def clean(path: str) -> str:
     """A module path without the components that wrappers and Dynamo add."""
     return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS | _ATTRIBUTES)
@@ -97,8 +110,8 @@ def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) 
             continue
         text = source.name if isinstance(source.name, str) else source.name()
         if "_parameters" in text:
-            variable, *parts = re.findall(r"[\w-]+", re.sub(r"^[LG]\[", "", text))
-            found.append((position, variable, clean(".".join(parts))))
+            variable, rest = split_variable(text)
+            found.append((position, variable, clean(".".join(re.findall(r"[\w-]+", rest)))))
     variables = {variable for _, variable, _ in found}
     qualify = len(variables) > 1 and "self" not in variables
     return [NamedInput(p, f"{variable}.{name}" if qualify else name) for p, variable, name in found]

@@ -70,15 +70,18 @@ def test_a_goal_that_is_missed_is_none_and_without_rounds_there_is_no_clock(tmp_
 
 
 def test_methods_may_have_a_batch_and_steps_of_their_own() -> None:
-    dense, cut, sample = quality.parse_entries("dense,dense:batch=8:steps=1000,sample:0.25:steps=900")
+    dense, cut, sample, padded = quality.parse_entries(
+        "dense,dense:batch=8:steps=1000,sample:0.25:steps=900,dense:padding=dynamic"
+    )
     assert (dense.schedule, dense.own()) == (None, {})
     assert (cut.schedule, cut.own()) == (None, {"batch_size": 8, "steps": 1000})
     assert (sample.schedule, sample.own()) == (Schedule(linear=Sample(0.25)), {"steps": 900})
+    assert (padded.schedule, padded.own()) == (None, {"static_padding": False})
 
 
 @pytest.mark.parametrize("task", quality.METHODS)
 def test_the_methods_taken_by_default_are_known(task: str) -> None:
-    assert len(quality.parse_entries(quality.METHODS[task])) == 6
+    assert len(quality.parse_entries(quality.METHODS[task])) == {"reviews": 10, "shakespeare": 6}[task]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,7 @@ def test_the_methods_taken_by_default_are_known(task: str) -> None:
         ("exact,dense", "the first must be 'dense'"),
         ("dense,eager", "'eager' is not compiled; allowed are dense and sparse ones"),
         ("dense,dense:batch=few", "needs a whole number as its batch or steps"),
+        ("dense,dense:padding=8", "needs dynamic or static as its padding"),
         ("dense,fast", "'fast' is not known"),
     ],
 )
@@ -144,7 +148,11 @@ def test_pretraining_by_every_method_and_more_seeds_later(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--task", "poems"], "--task is 'poems'"), (["--hidden", "65"], "--hidden is 65")],
+    [
+        (["--task", "poems"], "--task is 'poems'"),
+        (["--hidden", "65"], "--hidden is 65"),
+        (["--methods", "dense,dense:padding=dynamic"], "'dense:padding=dynamic' sets the padding"),
+    ],
 )
 def test_bad_arguments_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
     done = invoke(tmp_path / "x.json", *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,6 +153,30 @@ def test_blocks_by_class_name_and_by_path(where: str, expected: list[str]) -> No
 def test_a_numbered_layer_is_a_block_if_it_is_asked_for() -> None:
     model = nn.Sequential(layer(), nn.Tanh(), layer(4, 3)).double()
     assert marked(model, {"input": value(5, 6)}, "Linear") == ["0", "2"]
+
+
+def test_a_decorator_around_the_forward_is_not_in_a_path() -> None:
+    """The compiled frame is the decorator's, where the model is ``args[0]``."""
+
+    def unchanged(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        return wrapper
+
+    class Decorated(nn.Sequential):
+        forward = unchanged(nn.Sequential.forward)
+
+    def model() -> nn.Module:
+        return Decorated(toy_block(), toy_block()).double()
+
+    inputs = {"input": value(5, 6)}
+    assert marked(model(), inputs) == ["0", "1"]
+    assert marked(model(), inputs, where="1") == ["1"]
+    backend = sparse_backend(Schedule(exclude="1.lin"), compiler="aot_eager")
+    torch.compile(model(), backend=backend)(**inputs).sum().backward()
+    assert [(s.name, s.rewritten) for s in backend.report().sites] == [("0.lin", True), ("1.lin", False)]
 
 
 def test_an_inner_list_of_layers_does_not_hide_its_block() -> None:
