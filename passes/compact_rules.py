@@ -31,7 +31,8 @@ _OF_ROWS = {
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # Of gradients: zero where the gradient is.
 _LINEAR = (
-    *(aten.div.Tensor, aten.neg.default, aten.where.self, aten.clone.default, aten.detach.default),
+    *(aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor, aten.neg.default, aten.where.self),
+    *(aten.clone.default, aten.detach.default),
     *(aten.alias.default, aten._to_copy.default, prims.convert_element_type.default),
 )
 _NARROWING = (aten.mul.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor)

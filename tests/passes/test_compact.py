@@ -114,9 +114,15 @@ def compile_and_compare(model: nn.Module, *inputs: Any, decomposed: bool = False
     return tracer
 
 
+def root_mean_square(x: Tensor) -> Tensor:
+    """Tanh and Llama's norm, whose gradient is multiplied and divided by numbers."""
+    return torch.tanh(x) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_all_that_is_between_two_linears_is_done_on_few_rows(decomposed):
-    tracer = compile_and_compare(Padded(), *batch(), decomposed=decomposed)
+@pytest.mark.parametrize("between", [torch.tanh, root_mean_square])
+def test_all_that_is_between_two_linears_is_done_on_few_rows(between, decomposed):
+    tracer = compile_and_compare(Padded(between), *batch(), decomposed=decomposed)
     assert counts(tracer) == (4, 5)
     graph = tracer.trace.graph
     whole = {
