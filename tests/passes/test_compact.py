@@ -3,35 +3,30 @@ rounding, and where it cannot be done nothing is."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from padded import CASES, classes
+from carried import (
+    INDUCTORS,
+    LENGTHS,
+    WIDTH,
+    B,
+    Padded,
+    T,
+    assert_equal,
+    batch,
+    compile_and_compare,
+    counts,
+    gradients,
+)
 from sparse_compile.passes import layouts
 from torch import Tensor, nn
 from tracing import DOUBLE, Model, Tracer, layer
-from transformers import BertConfig, BertModel
 
 ops = torch.ops.sparse_compile
 aten = torch.ops.aten
-INDUCTORS = functools.cache(lambda: torch._inductor.decomposition.select_decomp_table())
-
-B, T, WIDTH = 4, 16, 8
-LENGTHS = (5, 16, 1, 9)
-
-# Of how many linears of padded.CASES the rows are carried.
-CARRIED = {
-    **dict.fromkeys(("first token", "first token, dropout", "first token, eager"), (12, 14)),
-    **{"every token": (13, 13), "some tokens": (14, 14), "mean of tokens": (12, 13)},
-    **dict.fromkeys(("last token, llama", "last token, qwen2", "next token"), (15, 15)),
-    **dict.fromkeys(("last token, gpt2", "next token, gpt2"), (9, 9)),
-    "next token, padded left": (15, 15),
-    "two sequences": (33, 33),  # of the encoder and of the decoder
-}
 
 
 @pytest.fixture(autouse=True)
@@ -39,79 +34,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "_FEWEST_ROWS", 2)
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-def gradients(model: nn.Module, run: Callable[..., Tensor], *args: Any, **inputs: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    torch.manual_seed(2)
-    loss = run(*args, **inputs)
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {**found, "loss": loss.detach()}
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 100 roundings of each gradient's largest entry, or to one of the largest of all: some are zero but
-    for rounding, as the biases of keys."""
-    assert found.keys() == expected.keys()
-    eps = torch.finfo(DOUBLE).eps
-    noise = eps * max(value.abs().max().item() for value in expected.values())
-    for name, value in expected.items():
-        error = (found[name] - value).abs().max().item()
-        assert error <= 100 * eps * value.abs().max().item() + noise, name
-
-
-def counts(tracer: Tracer) -> tuple[int, int]:
-    """Of how many linears the rows are carried, and how many are rewritten."""
-    found = tracer.trace.graph.find_nodes(op="call_function", target=ops.linear_backward.default)
-    carried = [len(op.args) > 9 for op in found]
-    assert [tracer.trace.records[op.args[4]].carried for op in found] == carried
-    return sum(carried), len(carried)
-
-
-@pytest.mark.parametrize("decomposed", [False, True], ids=["as traced", "decomposed"])
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_carrying_all_rows(case, decomposed):
-    build, batch = CASES[case]
-    model = build()
-    table = INDUCTORS() if decomposed else None
-    whole, few = (Tracer(table, compact=compact) for compact in (False, True))
-    found = []
-    for tracer in (whole, few):
-        torch._dynamo.reset()
-        found.append(gradients(model, torch.compile(model, backend=tracer, fullgraph=True), **batch()))
-    assert_equal(found[1], found[0])
-    assert counts(whole)[0] == 0
-    assert counts(few) == CARRIED[case]
-
-
-class Padded(nn.Module):
-    """Two layers with all that is between them in a transformer but attention; a mean of the shown tokens."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH), nn.Linear(WIDTH, 3)
-        self.norm, self.dropout, self.between = nn.LayerNorm(WIDTH), nn.Dropout(dropout), between
-        self.double()
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.down(self.between(self.up(x)))))
-
-    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
-        h = self.body(self.body(x))
-        return self.head((h * shown.unsqueeze(-1)).sum(1)).square().mean()
-
-
-def batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
-    shown = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
-    return torch.randn(len(lengths), T, WIDTH, dtype=DOUBLE), shown
-
-
-def compile_and_compare(model: nn.Module, *inputs: Any, decomposed: bool = False, **options: Any) -> Tracer:
-    tracer = Tracer(INDUCTORS() if decomposed else None, compact=True)
-    compiled = torch.compile(model, backend=tracer, fullgraph=True, **options)
-    assert_equal(gradients(model, compiled, *inputs), gradients(model, model, *inputs))
-    return tracer
 
 
 def root_mean_square(x: Tensor) -> Tensor:
@@ -330,20 +252,6 @@ def test_one_graph_serves_batches_of_any_size(decomposed):
     ]
 
 
-@pytest.mark.parametrize("decomposed", [False, True], ids=["as traced", "decomposed"])
-@pytest.mark.parametrize("case", ["first token, dropout", "last token, gpt2"])
-def test_gradients_under_dynamic_shapes(case, decomposed):
-    build, inputs = CASES[case]
-    model, found = build(), []
-    table = INDUCTORS() if decomposed else None
-    for tracer in (Tracer(table), few := Tracer(table, compact=True)):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=tracer, fullgraph=True, dynamic=True)
-        found.append(gradients(model, compiled, **inputs()))
-    assert_equal(found[1], found[0])
-    assert counts(few) == CARRIED[case]
-
-
 def test_a_small_batch_carries_all_rows(monkeypatch):
     monkeypatch.setattr(layouts, "_FEWEST_ROWS", B * T + 1)
     assert counts(compile_and_compare(Padded(), *batch()))[0] == 0
@@ -370,27 +278,6 @@ def test_widths_that_are_numbers_of_rows():
 
     _, shown = batch()
     assert counts(compile_and_compare(Square(), torch.randn(B, T, B * T, dtype=DOUBLE), shown)) == (2, 2)
-
-
-def test_heads_as_many_as_tokens():
-    """[B, heads, T, …] then looks like [B, T, …]."""
-    sizes = {"vocab_size": 99, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 20}
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**sizes, **rates, num_hidden_layers=2, max_position_embeddings=12)
-
-    class Mean(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bert = BertModel(config, add_pooling_layer=False).double()
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
-            return F.normalize((hidden * attention_mask.unsqueeze(-1)).sum(1)).cos().sum()
-
-    inputs = classes()
-    assert inputs["input_ids"].shape[1] == 12
-    tracer = compile_and_compare(Mean(), inputs["input_ids"], inputs["attention_mask"])
-    assert counts(tracer) == (12, 12)
 
 
 def test_packed_projections_and_gates():
