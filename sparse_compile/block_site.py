@@ -31,28 +31,30 @@ class BlockSite(Site):
         """
         self.shape = tuple(squares.shape)
         self.method = "exact"
-        norms = squares.sqrt()
-        live = computed = int(norms.count_nonzero())
+        live = computed = int(squares.count_nonzero())
         weights = torch.ones_like(squares)
+        setting = None if phase is None else phase.blocks
+        share = 1.0 if phase is None else self.keep(phase)
+        measured = setting is not None and phase is not None and self.controller.measures(phase.step)
         # What is not finite must reach the gradient, where a GradScaler looks for it.
-        if phase is not None and phase.blocks is not None and bool(norms.sum().isfinite()):
+        if setting is not None and (measured or share < 1.0) and bool(squares.sum().isfinite()):
+            norms = squares.sqrt()
             draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
             self._draws += 1
-            share = self.keep(phase)
-            if self.controller.measures(phase.step):
+            if measured:
                 if not (self.left_alone or self.held_back):  # else nothing is dropped here, whatever is seen
                     self.controller.observe_samples(self.name, norms, draw)
-            elif share < 1.0:
-                self.method = phase.blocks.method
-                clip = phase.blocks.clip if isinstance(phase.blocks, Sample) else None
+            else:
+                self.method = setting.method
+                clip = setting.clip if isinstance(setting, Sample) else None
                 kept = sample.rows(norms, number_kept(share, len(norms)), clip, draw)
                 computed = kept.computed
                 self.controller.dropped(live - computed, len(norms))
                 weights = torch.zeros_like(squares)
                 weights[kept.kept] = 1.0 if kept.scale is None else kept.scale.to(weights)
         self.counters.backwards += 1
-        self.counters.rows += len(norms)
-        self.counters.rows_zero += len(norms) - live
+        self.counters.rows += len(squares)
+        self.counters.rows_zero += len(squares) - live
         self.counters.rows_computed += computed
         return weights
 

@@ -111,8 +111,8 @@ class LinearSite(Site):
             return None if dx is None else (kernel.written_out(dx).index_select(0, rows), None), dw
         n = len(dy) if rows is None else total
         operands = (dy.shape[rows is not None :], n, x is None, w is None)
-        without_method = phase is None or phase.linear is None or bool(self.held_back)
-        if operands == self._nothing_to_ask and without_method and needed is None and not self._looks.due():
+        same = operands == self._nothing_to_ask and needed is None and not measured
+        if same and self._has_no_method(phase) and not self._looks.due():
             # As the last time. To ask all of the below takes 0.1 ms, since none of it is in the cache.
             self._count(n - len(dy), [len(dy)] * ((x is not None) + (w is not None)))
             self._count_forward(n - len(dy))
@@ -127,7 +127,7 @@ class LinearSite(Site):
         if self.left_alone:
             self.method = "dense"
             zero, estimates = 0, (dy, dy)
-        elif method is None or self._share(method) == 1.0 or not self._pays(method):
+        elif method is None or self._has_no_method(phase):
             self.method = "exact"
             zero, estimates = self._exactly(dy, needed)
         elif isinstance(method, Reuse):
@@ -159,8 +159,8 @@ class LinearSite(Site):
             self.kernel = self._device.kernel
         if telemetry := self.watched():
             self._observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
-        ordinary = not (self._device or self.telemetry or handed_over or self.controller.adaptive)
-        self._nothing_to_ask = operands if self.method == "exact" and without_method and ordinary else None
+        ordinary = not (self._device or self.telemetry or handed_over)
+        self._nothing_to_ask = operands if self.method == "exact" and ordinary else None
         if measured and x is not None and dw is not None:
             self.controller.observe_rows(self.name, dy, x, dw, tokens)
         return dx, dw
@@ -188,9 +188,15 @@ class LinearSite(Site):
 
     def keep(self, phase: Phase) -> float:
         method = phase.linear
-        if method is None or self.left_alone or self.held_back or not self._pays(method):
+        if method is None or self.left_alone or self._has_no_method(phase):
             return 1.0
         return round(self._share(method), 6)
+
+    def _has_no_method(self, phase: Phase | None) -> bool:
+        """Whether this step is exact here, whatever the gradient."""
+        if phase is None or phase.linear is None or self.held_back:
+            return True
+        return self._share(phase.linear) == 1.0 or not self._pays(phase.linear)
 
     def _share(self, method: Reuse | Sample | Adaptive) -> float:
         """The share that a method keeps at this step; an adaptive one's is of the rows that are not zero."""
