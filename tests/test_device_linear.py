@@ -6,20 +6,18 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from cuda_linear import INPUTS, OUTPUTS, SAMPLES, TOKENS, N, OnDevice, at, batch, written
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile import Phase, Reuse, Sample, Schedule, device_linear, sparse_backend
+from sparse_compile import Reuse, Sample, Schedule, device_linear, sparse_backend
 from sparse_compile.clock import Clock
 from sparse_compile.kernels import choice, on_device
-from sparse_compile.kernels import linear as aten
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.runtime import NO_TOKEN
 from sparse_compile.telemetry import Telemetry
 
-SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 6, 10, 9
-N = SAMPLES * TOKENS
 METHODS = {
     "exact": None,
     "reuse": Reuse(0.7),
@@ -44,42 +42,6 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """What multiplies, whichever would be faster."""
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: request.param)
     return str(request.param)
-
-
-def batch(step: int, dead: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
-    """dY, X, W, with a share of dY's rows zero."""
-    generator = torch.Generator().manual_seed(step)
-    shapes = (N, OUTPUTS), (N, INPUTS), (OUTPUTS, INPUTS)
-    dy, x, w = (torch.randn(shape, generator=generator) for shape in shapes)
-    dy[torch.randperm(N, generator=generator)[: round(dead * N)]] = 0
-    return dy, x, w
-
-
-def at(method: Reuse | Sample | None) -> Phase:
-    """What a schedule says whose linears are done by ``method``."""
-    return Schedule(linear=method).at(0)
-
-
-class OnDevice:
-    """Runs a site as on a GPU."""
-
-    def __init__(self, site: LinearSite, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.site, self.device, self.monkeypatch = site, device, monkeypatch
-
-    def __call__(
-        self, dy: Tensor, x: Tensor | None, w: Tensor | None, **options: object
-    ) -> tuple[Tensor | None, Tensor | None]:
-        moved = (None if t is None else t.to(self.device) for t in (dy, x, w))
-        with self.monkeypatch.context() as patch:
-            patch.setattr(on_device, "usable", lambda dy: True)
-            patch.setattr(device_linear, "_WORTH_LOOKING", 0)
-            return written(self.site.linear_backward(*moved, **options))
-
-
-def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """dX written out, and dW, on the CPU."""
-    dx, dw = gradients
-    return None if dx is None else aten.written_out(dx).cpu(), None if dw is None else dw.cpu()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "there is no GPU here; --smoke runs" in capsys.readouterr().err
+
+
+def test_what_has_a_form_for_a_gpu_is_tested_on_one() -> None:
+    """And imports no test as part of a package, whose root nothing puts on the path of an installation."""
+    elsewhere = {"tests/test_gpu_benchmark.py", "tests/kernels/triton/test_build.py"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+        assert not re.search(r"^(from|import) tests\b", text, re.MULTILINE), name
+        on_gpu = "torch.cuda.is_available()" in text or path.parent.name == "triton"
+        assert not on_gpu or name in {*gpu.TESTS, *elsewhere}, name
 
 
 def test_half_of_a_padded_batch_has_no_loss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_linear import at, written
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -17,7 +18,6 @@ from sparse_compile import Reuse, Schedule, sparse_backend
 from sparse_compile.kernels import choice, on_device, semi_structured
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.methods import reuse
-from tests.test_device_linear import at, written
 
 SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 32, 64, 128
 N = SAMPLES * TOKENS

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernels.triton.build import Built
+from kernels.triton.build import Built
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
 REGISTERS = 255  # that one thread can have

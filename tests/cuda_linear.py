@@ -1,0 +1,51 @@
+"""A linear's site on a GPU, or on the CPU as if it were one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_compile import Phase, Reuse, Sample, Schedule, device_linear
+from sparse_compile.kernels import linear as aten
+from sparse_compile.kernels import on_device
+from sparse_compile.linear_site import LinearSite
+
+SAMPLES, TOKENS, INPUTS, OUTPUTS = 4, 6, 10, 9
+N = SAMPLES * TOKENS
+
+
+def batch(step: int, dead: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+    """dY, X, W, with a share of dY's rows zero."""
+    generator = torch.Generator().manual_seed(step)
+    shapes = (N, OUTPUTS), (N, INPUTS), (OUTPUTS, INPUTS)
+    dy, x, w = (torch.randn(shape, generator=generator) for shape in shapes)
+    dy[torch.randperm(N, generator=generator)[: round(dead * N)]] = 0
+    return dy, x, w
+
+
+def at(method: Reuse | Sample | None) -> Phase:
+    """What a schedule says whose linears are done by ``method``."""
+    return Schedule(linear=method).at(0)
+
+
+class OnDevice:
+    """Runs a site as on a GPU."""
+
+    def __init__(self, site: LinearSite, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.site, self.device, self.monkeypatch = site, device, monkeypatch
+
+    def __call__(
+        self, dy: Tensor, x: Tensor | None, w: Tensor | None, **options: object
+    ) -> tuple[Tensor | None, Tensor | None]:
+        moved = (None if t is None else t.to(self.device) for t in (dy, x, w))
+        with self.monkeypatch.context() as patch:
+            patch.setattr(on_device, "usable", lambda dy: True)
+            patch.setattr(device_linear, "_WORTH_LOOKING", 0)
+            return written(self.site.linear_backward(*moved, **options))
+
+
+def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """dX written out, and dW, on the CPU."""
+    dx, dw = gradients
+    return None if dx is None else aten.written_out(dx).cpu(), None if dw is None else dw.cpu()
