@@ -105,7 +105,7 @@ class DeviceAttention:
         b, h, t, d = forward.shape
         mask = None if forward.mask is None else (forward.mask.dtype, forward.mask.stride(-2) == 0)
         return (
-            *("attention", do.device, do.dtype, forward.form, b, h, choice.bucket(t), d),
+            *("attention", do.device, do.dtype, forward.form, choice.bucket(b), h, choice.bucket(t), d),
             *(forward.k.shape[1], choice.bucket(forward.keys), forward.causal, mask),
             *(queries.weights is None, round(16 * queries.share)),
         )

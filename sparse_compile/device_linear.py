@@ -145,15 +145,16 @@ class DeviceLinear:
         return candidates[self.kernel]()
 
     def _describe(self, estimate: Estimate) -> tuple[object, ...]:
-        """What the time of a product depends on."""
+        """What the time of a product depends on. Numbers that may change from step to step (the rows of a
+        share that is adaptive, the tokens of a batch) are taken roughly: each new key is timed."""
         if isinstance(estimate, Neighbours):
-            return ("n of 4", len(estimate.base))
+            return ("n of 4", choice.bucket(len(estimate.base)))
         if not isinstance(estimate, Rows):
             return ("dense",)
         if estimate.padded:
             return ("live", round(8 * self._looks.alive))
-        tokens = 0 if estimate.base is None else len(estimate.base)
-        return ("kept", len(estimate.kept), tokens, estimate.scale is None)
+        tokens = 0 if estimate.base is None else choice.bucket(len(estimate.base))
+        return ("kept", choice.bucket(len(estimate.kept)), tokens, estimate.scale is None)
 
     def _count_skipped(self, n: int, flops: int, wanted: list[Estimate]) -> None:
         counts = [e.count for e in wanted if isinstance(e, Rows) and e.padded and e.count is not None]
