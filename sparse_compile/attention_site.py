@@ -52,8 +52,11 @@ class AttentionSite(Site):
             self.method = "dense"
             self._count(0, self._rows, forward)
             return forward.backward(do)
+        self._device = DeviceAttention.of(do, forward, self._device, self.settle)
         if isinstance(forward, CudaFused):
-            return self._on_device(do, forward, method, use)
+            assert self._device is not None
+            return self._on_device(self._device, do, forward, method, use)
+        self.kernel = ""
         if self.held_back or not isinstance(method, Reuse | Sample) or method.keep == 1.0:
             self.method = "exact"
             return self._exact(do, forward)
@@ -69,9 +72,10 @@ class AttentionSite(Site):
             return self._reuse_rows(do, forward, live, method, use)
         return self._reuse_elements(do, forward, live, method, use)
 
-    def _on_device(self, do: Tensor, forward: CudaFused, method: Method | None, use: Use) -> kernel.Gradients:
+    def _on_device(
+        self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Method | None, use: Use
+    ) -> kernel.Gradients:
         """As :meth:`backward`, by methods that need not wait for the device."""
-        device = self._device = self._device or DeviceAttention()
         device.by_kernel = forward.by_kernel
         if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or self.held_back:
             method = None

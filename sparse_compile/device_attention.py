@@ -7,6 +7,8 @@ every shape (``kernels/choice.py``). Both give the gradients of the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,21 @@ class DeviceAttention:
         by_kernel: whether there is a kernel for some of its rows.
     """
 
-    def __init__(self) -> None:
+    @classmethod
+    def of(
+        cls, do: Tensor, forward: object, last: DeviceAttention | None, settle: Callable[[], None]
+    ) -> DeviceAttention | None:
+        """As :meth:`DeviceLinear.of`; None where ``forward`` is none of CUDA's."""
+        on_gpu = isinstance(forward, CudaFused)
+        if last is not None:
+            if on_gpu and last._where == do.device:
+                return last
+            settle()
+        return cls(do.device) if on_gpu else None
+
+    def __init__(self, where: torch.device | None = None) -> None:
         self.kernel = ""
+        self._where = where
         self.by_kernel = True
         self._tally = Tally()
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)

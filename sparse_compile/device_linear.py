@@ -12,6 +12,7 @@ On the CPU a site looks at its rows and then decides. Here looking means to wait
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,8 +50,20 @@ class Tally:
 class DeviceLinear:
     """What a site of a linear keeps for its GPU. Attributes: ``kernel``, what its last products ran on."""
 
-    def __init__(self) -> None:
+    @classmethod
+    def of(cls, dy: Tensor, last: DeviceLinear | None, settle: Callable[[], None]) -> DeviceLinear | None:
+        """What is kept for ``dy``, or None: there are no kernels for it. It is the ``last``, unless the model
+        has moved (``model.cpu()``, ``.to("cuda:1")``, ``.double()``); then ``settle`` is called before."""
+        where = (dy.device, dy.dtype)
+        if last is not None:
+            if last._where == where:
+                return last
+            settle()
+        return cls(where) if on_device.usable(dy) else None
+
+    def __init__(self, where: tuple[torch.device, torch.dtype] | None = None) -> None:
         self.kernel = ""
+        self._where = where
         self._tally = Tally()
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 

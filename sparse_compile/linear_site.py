@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
-from sparse_compile.kernels import on_device
 from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
@@ -110,7 +109,7 @@ class LinearSite(Site):
             )
             return None if dx is None else (kernel.written_out(dx).index_select(0, rows), None), dw
         n = len(dy) if rows is None else total
-        operands = (dy.shape[rows is not None :], n, x is None, w is None)
+        operands = (dy.device, dy.dtype, dy.shape[rows is not None :], n, x is None, w is None)
         same = operands == self._nothing_to_ask and needed is None and not measured
         if same and self._has_no_method(phase) and not self._looks.due():
             # As the last time. To ask all of the below takes 0.1 ms, since none of it is in the cache.
@@ -119,8 +118,7 @@ class LinearSite(Site):
             return kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, dy.shape[1])
-        if self._device is None and on_device.usable(dy):
-            self._device = DeviceLinear()
+        self._device = DeviceLinear.of(dy, self._device, self.settle)
         method = None if phase is None or measured or self.held_back else phase.linear
         zero: int
         estimates: Estimates
@@ -155,8 +153,7 @@ class LinearSite(Site):
         if handed_over:
             self._hand_over(dy, x, dw, for_dw)
             dw = None
-        if self._device is not None:
-            self.kernel = self._device.kernel
+        self.kernel = "" if self._device is None else self._device.kernel
         if telemetry := self.watched():
             self._observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
         ordinary = not (self._device or self.telemetry or handed_over)
