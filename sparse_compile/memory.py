@@ -39,14 +39,14 @@ class Memory:
 
     def recall(self, use: Use, dy: Tensor, tokens: int) -> Tensor | None:
         """P [T, O] in the dtype of ``dy`` [N, O], or None: there is none, or it is of sequences of another
-        length, with which there is nothing to compare."""
+        length, with which there is nothing to compare; nor is there with no rows, as of an idle expert."""
         base = self._bases.get(use)
         if base is not None and base.finite is not None:
             if not base.finite.read():
                 self._bases.pop(use)
                 return None
             base.finite = None
-        if base is None or base.value.shape[0] != tokens or len(dy) % tokens:
+        if base is None or base.value.shape[0] != tokens or len(dy) % tokens or len(dy) == 0:
             return None
         base.value = base.value.to(dy)
         base.age += 1
@@ -56,12 +56,13 @@ class Memory:
         self, use: Use, dy: Tensor, tokens: int, *, source: str, every: int, recalled: bool, seed: str
     ) -> None:
         """Remember ``dy`` [N, O], if nothing was recalled for it or the base is ``every`` backwards old.
+        Of no rows there is nothing to remember, and a base is kept.
         ``seed``, the use and a count decide which sample it is to be.
 
         A base that is not finite is not kept: it comes of an overflow under mixed precision, whose step will
         be skipped.
         """
-        if recalled and self._bases[use].age < every:
+        if len(dy) == 0 or (recalled and self._bases[use].age < every):
             return
         sample = None
         if source == "sample":

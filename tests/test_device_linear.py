@@ -256,3 +256,17 @@ def test_what_a_monitor_measures_is_that_of_the_cpu(
         assert (ours_row.step, ours_row.gradient) == (row.step, row.gradient)
         for value in ("cosine", "relative_error", "energy_kept"):
             assert getattr(ours_row, value) == pytest.approx(getattr(row, value), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "reuse, 2:4"])
+def test_an_expert_without_tokens(name: str, kernel: str, run: Callable[..., OnDevice]) -> None:
+    """Before and after batches in which it has some."""
+    ours, method = run(), METHODS.get(name, Reuse("2:4"))
+    for step in range(5):
+        dy, x, w = batch(step)
+        if step % 2 == 0:
+            dy, x = dy[:0], x[:0]
+        dx, dw = ours(dy, x, w, tokens=TOKENS, phase=at(method), dw_transposed=False)
+        assert dx.shape == x.shape
+        assert dw.isfinite().all()
+        assert bool(dw.any()) == bool(len(dy))

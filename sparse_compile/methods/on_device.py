@@ -8,6 +8,7 @@ all the same adds nothing. The results are those of the other forms, row for row
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -27,6 +28,8 @@ def largest(scores: Tensor, live: Tensor, keep: float, base: Tensor) -> Rows:
         keep: share of the N rows that is computed.
         base: P, [T, O].
     """
+    if len(scores) == 0:
+        return _no_rows(live, base)
     k = number_kept(keep, len(scores))
     kept = torch.where(live, scores, -1.0).topk(k, sorted=False).indices
     kept = _live_first(kept, live)
@@ -42,6 +45,8 @@ def drawn(scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
     """
     n = len(scores)
     s = scores.double()
+    if n == 0:
+        return dataclasses.replace(_no_rows(s != 0), scale=s)
     alive = s.count_nonzero()
     few = alive <= k
     descending, by_score = s.sort(descending=True)
@@ -67,6 +72,13 @@ def _probabilities(s: Tensor, descending: Tensor, k: int) -> Tensor:
     certain = (room * descending <= rest).to(torch.uint8).argmax(0, keepdim=True)
     rate = room.gather(0, certain) / rest.gather(0, certain)
     return torch.where(certain >= k, (s >= descending[k - 1]).double(), (s * rate).clamp_(max=1.0))
+
+
+def _no_rows(live: Tensor, base: Tensor | None = None) -> Rows:
+    """Of none: those of an expert without tokens."""
+    kept = torch.empty(0, dtype=torch.int64, device=live.device)
+    count = torch.zeros(1, dtype=torch.int32, device=live.device)
+    return Rows(kept, base=base, dropped=None if base is None else live, count=count)
 
 
 def _live_first(kept: Tensor, live: Tensor) -> Tensor:

@@ -99,3 +99,17 @@ def test_what_is_not_finite_spoils_every_weight(bad: float, keep: float, device:
     assert rows.scale.isnan().all()
     assert ((rows.kept >= 0) & (rows.kept < N)).all()
     assert int(rows.count) > 0
+
+
+def test_of_no_rows_none_are_chosen(device: torch.device) -> None:
+    """Those of an expert without tokens."""
+    scores = torch.empty(0, device=device)
+    drawn = on_device.drawn(scores, number_kept(0.3, 0), None, sample.Draw("seed"))
+    base = torch.ones(TOKENS, OUTPUTS, device=device)
+    largest = on_device.largest(scores, scores != 0, 0.3, base)
+    for rows in (drawn, largest):
+        assert (rows.kept.shape, rows.kept.dtype, rows.count.tolist()) == ((0,), torch.int64, [0])
+        assert rows.dense(torch.empty(0, OUTPUTS, device=device)).shape == (0, OUTPUTS)
+    assert drawn.scale.shape == (0,)
+    assert largest.base is base
+    assert largest.dropped.shape == (0,)
