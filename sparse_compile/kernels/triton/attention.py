@@ -90,7 +90,7 @@ def _sample_and_head(number, heads):
 def _load_rows(x, strides, sample, head, rows, there, features, WIDTH: tl.constexpr):
     """Rows of x [B, H, T, D], as [ROWS, WIDTH]; zeros where there are none, and beyond the last feature."""
     columns = tl.arange(0, WIDTH)
-    place = rows.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+    place = rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
     inside = there[:, None] & (columns < features)[None, :]
     return tl.load(x + sample * strides[0] + head * strides[1] + place, mask=inside, other=0.0)
 
@@ -98,7 +98,7 @@ def _load_rows(x, strides, sample, head, rows, there, features, WIDTH: tl.conste
 @triton.jit
 def _store_rows(x, value, strides, sample, head, rows, there, features, WIDTH: tl.constexpr):
     columns = tl.arange(0, WIDTH)
-    place = rows.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+    place = rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
     inside = there[:, None] & (columns < features)[None, :]
     to = x + sample * strides[0] + head * strides[1] + place
     tl.store(to, value.to(x.dtype.element_ty), mask=inside)

@@ -64,11 +64,12 @@ def _gather_matmul(
     slots = (first + in_group % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = in_group // height * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    along = k.to(tl.int64)
 
     # Rows and columns beyond the edge read another one's numbers; what comes of it is not stored.
     rows = tl.load(kept + slots, mask=slots < live, other=0).to(tl.int64)
-    from_dy = dy + rows[:, None] * dy_row + k[None, :] * dy_column
-    from_w = w + k[:, None] * w_row + (columns % inputs).to(tl.int64)[None, :] * w_column
+    from_dy = dy + rows[:, None] * dy_row + along[None, :] * dy_column
+    from_w = w + along[:, None] * w_row + (columns % inputs).to(tl.int64)[None, :] * w_column
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, outputs, BLOCK_K):
         if EVEN_K:
@@ -78,8 +79,8 @@ def _gather_matmul(
             a = tl.load(from_dy, mask=(k < outputs - start)[None, :], other=0.0)
             b = tl.load(from_w, mask=(k < outputs - start)[:, None], other=0.0)
         total = tiles.multiply_add(a, b, total, PRECISION)
-        from_dy += BLOCK_K * dy_column
-        from_w += BLOCK_K * w_row
+        from_dy += BLOCK_K * tl.cast(dy_column, tl.int64)
+        from_w += BLOCK_K * tl.cast(w_row, tl.int64)
     if SCALED:
         total *= tl.load(scale + slots, mask=slots < live, other=0.0).to(tl.float32)[:, None]
 

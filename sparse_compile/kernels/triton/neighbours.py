@@ -50,7 +50,7 @@ def _keep_of_four(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < n)[:, None] & (columns < outputs)[None, :]
     from_dy = dy + rows.to(tl.int64)[:, None] * dy_row + columns.to(tl.int64)[None, :] * dy_column
-    from_base = base + (rows % tokens)[:, None] * outputs + columns[None, :]
+    from_base = base + (rows % tokens).to(tl.int64)[:, None] * outputs + columns[None, :]
     residual = tl.load(from_dy, mask=inside, other=0.0).to(tl.float32)
     residual -= tl.load(from_base, mask=inside, other=0.0).to(tl.float32)
     alive = tl.load(live + rows, mask=rows < n, other=0) != 0

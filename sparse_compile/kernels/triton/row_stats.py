@@ -48,7 +48,7 @@ def _row_stats(
         )
         seen |= (value != 0).to(tl.int32)
         if BASED:
-            row_of_base = (rows % tokens)[:, None] * outputs
+            row_of_base = (rows % tokens).to(tl.int64)[:, None] * outputs
             value -= tl.load(base + row_of_base + at[None, :], mask=inside, other=0.0).to(tl.float32)
         total += value * value
     tl.store(squares + rows, tl.sum(total, axis=1), mask=there)

@@ -33,6 +33,7 @@ class Built:
         registers: of one thread.
         stack: bytes of one thread; registers that did not fit are spilled there, and nothing else is.
         tensor_cores: the instructions for them that occur, e.g. ``["mma.sync"]``.
+        narrow: whether an offset into a tensor is multiplied in 32 bits, where it may overflow.
         copies: whether tiles are copied to shared memory while others are multiplied (``cp.async``).
     """
 
@@ -47,6 +48,7 @@ class Built:
     registers: int
     stack: int
     tensor_cores: list[str]
+    narrow: bool
     copies: bool
 
 
@@ -112,6 +114,8 @@ def build(
         "sizes": sizes,
         "shared": compiled.metadata.shared,
         "tensor_cores": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", ptx))),
+        # What has two dimensions and is multiplied by a number is an offset, of rows or of columns.
+        "narrow": re.search(r"arith\.muli .*: tensor<\d+x\d+xi32>", compiled.asm["ttir"]) is not None,
         "copies": "cp.async" in ptx,
         **_resources(compiled.asm["cubin"]),
     }

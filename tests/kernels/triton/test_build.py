@@ -53,6 +53,11 @@ def test_nothing_is_spilled_or_little(built: list[Built]) -> None:
     assert not [b for b in even if b.stack > SPILLED.get(b.kernel, 0) or b.registers > REGISTERS]
 
 
+def test_offsets_are_of_64_bits(built: list[Built]) -> None:
+    """A base of 2³¹ entries is one of 16 k tokens with 128 k features."""
+    assert not [b for b in built if b.narrow]
+
+
 PRODUCTS = ("gather_matmul", "gather_reduce", "key_gradients", "query_gradients")
 
 
