@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.device_linear import Tally
-from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels import choice, on_device, triton
 from sparse_compile.kernels.attention import Gradients
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.looks import LaterLooks
@@ -105,7 +105,9 @@ class DeviceAttention:
         def by_triton() -> Gradients:
             return forward.backward_of_queries(do, queries)
 
-        self.kernel = choice.fastest(self._key(do, forward, queries), {"aten": by_aten, "triton": by_triton})
+        candidates = {"aten": by_aten, "triton": by_triton}
+        with triton.current(do.device):  # whose time is taken
+            self.kernel = choice.fastest(self._key(do, forward, queries), candidates)
         if self.kernel == "aten":
             return by_aten()
         if queries.weights is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import choice, on_device, semi_structured
+from sparse_compile.kernels import choice, on_device, semi_structured, triton
 from sparse_compile.kernels import linear as aten
 from sparse_compile.looks import LaterLooks
 from sparse_compile.methods import on_device as methods
@@ -152,7 +152,8 @@ class DeviceLinear:
             *(dy.device, dy.dtype, choice.bucket(len(dy)), dy.shape[1], inputs, x is None, w is None),
             *(dw_transposed, for_dx is for_dw, *map(self._describe, estimates)),
         )
-        self.kernel = choice.fastest(key, candidates) if len(candidates) > 1 else "aten"
+        with triton.current(dy.device):  # whose time is taken
+            self.kernel = choice.fastest(key, candidates) if len(candidates) > 1 else "aten"
         if self.kernel == "triton":
             self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted)
         return candidates[self.kernel]()

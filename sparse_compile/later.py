@@ -22,7 +22,8 @@ class Later:
             self._host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
             self._host.copy_(number, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # On that GPU's stream, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(number.device))
 
     def read(self) -> int:
         """The number; waits until it has arrived."""

@@ -23,8 +23,6 @@ with warnings.catch_warnings():
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they would get in each other's way
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
-TUNED = ("_half", "_single")  # kernels, by dtype
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _untuned() -> Iterator[None]:
@@ -34,17 +32,15 @@ def _untuned() -> Iterator[None]:
         return
     from sparse_compile.kernels.triton import attention, input_gradient, tiles, weight_gradient
 
-    tuned = [getattr(module, name) for module in (input_gradient, weight_gradient) for name in TUNED]
-    lists = [kernel.configs for kernel in tuned]
-    for kernel in tuned:
-        kernel.configs = kernel.configs[-1:]
-    scores = dict(tiles.SCORES)
-    tiles.SCORES.update({which: configs[-1:] for which, configs in scores.items()})
+    lists = [*tiles.HALF.values(), tiles.SINGLE, *tiles.SCORES.values()]
+    whole = [configs.copy() for configs in lists]
+    for configs in lists:
+        del configs[:-1]
     yield
-    tiles.SCORES.update(scores)
-    attention._tuned.cache_clear()
-    for kernel, configs in zip(tuned, lists, strict=True):
-        kernel.configs = configs
+    for configs, all_of_them in zip(lists, whole, strict=True):
+        configs[:] = all_of_them
+    for module in (attention, input_gradient, weight_gradient):
+        module._tuned.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import choice
-from sparse_compile.kernels.triton import tiles
+from sparse_compile.kernels.triton import launch, tiles
 
 _PREPARED = 32  # rows of one program of _prepare
 
@@ -303,10 +303,11 @@ _KEY = ["bucket", "WIDTH", "CAUSAL", "MASKED", "ALIKE", "PRECISION"]
 
 
 @functools.cache
-def _tuned(over: str, single: bool, wide: bool) -> Any:
-    """The kernel that walks ``over`` the rows or the keys, with the tiles for its dtype and width."""
+def _tuned(over: str, single: bool, wide: bool, generation: int) -> Any:
+    """The kernel that walks ``over`` the rows or the keys, with the tiles for its dtype, width and GPU."""
     kernel = _key_gradients if over == "rows" else _query_gradients
-    return tiles.tuned(kernel, tiles.scores(over, single, wide), _KEY, smallest=tiles.SMALLEST_SCORES)
+    configs = tiles.SCORES[over, "single" if single else str(generation), wide]
+    return tiles.tuned(kernel, configs, _KEY, smallest=tiles.SMALLEST_SCORES)
 
 
 def attention(
@@ -356,7 +357,9 @@ def attention(
     delta = torch.empty(b, h, capacity, dtype=torch.float32, device=q.device)
     shift = torch.empty_like(delta)
     width = max(16, triton.next_power_of_2(d))
-    _prepare[(b * h * triton.cdiv(capacity, _PREPARED),)](
+    launch(
+        _prepare,
+        (b * h * triton.cdiv(capacity, _PREPARED),),
         *(do, out, lse, kept, count, count if weight is None else weight, delta, shift),
         *(h, t, capacity, d, do.stride(), out.stride(), lse.stride()),
         WEIGHTED=weight is not None,
@@ -372,11 +375,17 @@ def attention(
     constants = {"CAUSAL": causal, "PRECISION": tiles.precision(), "WIDTH": width}
     constants |= {"MASKED": mask is not None, "ALIKE": mask is not None and mask.stride(2) == 0}
     bucket = choice.bucket(max(capacity, keys))
-    kind = (q.dtype == torch.float32, width > tiles.NARROW)
-    _tuned("rows", *kind)[lambda tile: (b * groups * triton.cdiv(keys, tile["KEYS"]),)](
-        *(*operands, dk, dv, *sizes, *strides, dk.stride(), dv.stride(), bucket), **constants
+    kind = (q.dtype == torch.float32, width > tiles.NARROW, tiles.generation(q.device))
+    launch(
+        _tuned("rows", *kind),
+        lambda tile: (b * groups * triton.cdiv(keys, tile["KEYS"]),),
+        *(*operands, dk, dv, *sizes, *strides, dk.stride(), dv.stride(), bucket),
+        **constants,
     )
-    _tuned("keys", *kind)[lambda tile: (b * h * triton.cdiv(capacity, tile["ROWS"]),)](
-        *(*operands, dq, *sizes, *strides, dq.stride(), bucket), **constants
+    launch(
+        _tuned("keys", *kind),
+        lambda tile: (b * h * triton.cdiv(capacity, tile["ROWS"]),),
+        *(*operands, dq, *sizes, *strides, dq.stride(), bucket),
+        **constants,
     )
     return dq, dk, dv

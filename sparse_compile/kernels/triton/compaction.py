@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.triton import launch
+
 _BLOCK = 4096
 
 
@@ -47,7 +49,8 @@ def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.zeros(n, dtype=torch.int32, device=live.device)
     count = torch.empty(1, dtype=torch.int32, device=live.device)
     slot = torch.empty(n, dtype=torch.int64, device=live.device)
-    _compact[(1,)](live.view(torch.int8), kept, count, slot, n, SLOTS=True, BLOCK=_BLOCK, num_warps=16)
+    operands = (live.view(torch.int8), kept, count, slot, n)
+    launch(_compact, (1,), *operands, SLOTS=True, BLOCK=_BLOCK, num_warps=16)
     return kept, count, slot
 
 
@@ -64,5 +67,6 @@ def compact_samples(live: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.zeros(b, t, dtype=torch.int32, device=live.device)
     count = torch.empty(b, dtype=torch.int32, device=live.device)
     if b > 0:
-        _compact[(b,)](live.view(torch.int8), kept, count, count, t, SLOTS=False, BLOCK=_BLOCK, num_warps=16)
+        operands = (live.view(torch.int8), kept, count, count, t)
+        launch(_compact, (b,), *operands, SLOTS=False, BLOCK=_BLOCK, num_warps=16)
     return kept, count

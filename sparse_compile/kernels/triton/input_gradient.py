@@ -10,13 +10,16 @@ in cache, and those beyond it end at once.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import choice
-from sparse_compile.kernels.triton import tiles
+from sparse_compile.kernels.triton import launch, tiles
 
 _GROUP = 8
 
@@ -91,8 +94,12 @@ def _gather_matmul(
 
 _KEY = ["bucket", "outputs", "inputs", "SCALED", "PRECISION"]
 _even = triton.heuristics({"EVEN_K": lambda given: given["outputs"] % given["BLOCK_K"] == 0})
-_half = tiles.tuned(_even(_gather_matmul), tiles.half(), _KEY)
-_single = tiles.tuned(_even(_gather_matmul), tiles.SINGLE, _KEY)
+
+
+@functools.cache
+def _tuned(single: bool, generation: int) -> Any:
+    """The kernel with the tiles for its dtype and GPU."""
+    return tiles.tuned(_even(_gather_matmul), tiles.SINGLE if single else tiles.HALF[generation], _KEY)
 
 
 def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -118,8 +125,10 @@ def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Te
         tiles_of_rows = max(1, triton.cdiv(len(kept), tile["BLOCK_M"]))
         return (tiles_of_rows * triton.cdiv(inputs, tile["BLOCK_N"]),)
 
-    kernel = _single if dy.dtype == torch.float32 else _half
-    kernel[grid](
+    kernel = _tuned(dy.dtype == torch.float32, tiles.generation(dy.device))
+    launch(
+        kernel,
+        grid,
         *(dy, w, kept, count, count if scale is None else scale, products),
         *(n, outputs, inputs, *dy.stride(), *w.stride(), choice.bucket(len(kept))),
         SCALED=scale is not None,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.triton import launch
+
 _BLOCK = 32
 
 
@@ -81,7 +83,9 @@ def keep_of_four(dy: Tensor, base: Tensor, live: Tensor, keep: int) -> tuple[Ten
     """
     n, outputs = dy.shape
     of_features, of_rows = dy.new_empty(n, outputs), dy.new_empty(outputs, n)
-    _keep_of_four[(max(1, triton.cdiv(n, _BLOCK)), max(1, triton.cdiv(outputs, _BLOCK)))](
+    launch(
+        _keep_of_four,
+        (max(1, triton.cdiv(n, _BLOCK)), max(1, triton.cdiv(outputs, _BLOCK))),
         *(dy, base, live.view(torch.int8), of_features, of_rows),
         *(n, outputs, len(base), *dy.stride()),
         KEEP=keep,

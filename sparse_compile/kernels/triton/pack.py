@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.pack import centered
+from sparse_compile.kernels.triton import launch
 from sparse_compile.kernels.triton.select import FORMATS, key_of, kth_largest
 
 _BLOCK = 2048  # entries; a multiple of 8, and less than 2¹⁶
@@ -160,10 +161,12 @@ def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[
     blocks = triton.cdiv(n, _BLOCK)
     grid = (samples * blocks,)
     counts = torch.empty(2, samples, blocks, dtype=torch.int32, device=x.device)
-    _count_kept[grid](bits, threshold, counts, n, blocks, **form.constants, BLOCK=_BLOCK)
+    launch(_count_kept, grid, bits, threshold, counts, n, blocks, **form.constants, BLOCK=_BLOCK)
     mask = torch.empty(samples, triton.cdiv(n, 8), dtype=torch.uint8, device=x.device)
     values = torch.empty(samples * k, dtype=x.dtype, device=x.device)
-    _pack[grid](
+    launch(
+        _pack,
+        grid,
         *(bits, threshold, room, _before(counts), mask, values.view(form.bits), n, blocks, k),
         **form.constants,
         BLOCK=_BLOCK,
@@ -177,11 +180,13 @@ def unpack(mask: Tensor, values: Tensor, entries: int) -> Tensor:
     blocks = triton.cdiv(entries, _BLOCK)
     grid = (samples * blocks,)
     ones = torch.empty(samples, blocks, dtype=torch.int32, device=mask.device)
-    _count_ones[grid](mask, ones, entries, blocks, BLOCK=_BLOCK)
+    launch(_count_ones, grid, mask, ones, entries, blocks, BLOCK=_BLOCK)
     x = torch.empty(samples, entries, dtype=values.dtype, device=mask.device)
     bits = FORMATS[values.dtype].bits
     k = len(values) // samples
-    _unpack[grid](mask, values.view(bits), _before(ones), x.view(bits), entries, blocks, k, BLOCK=_BLOCK)
+    launch(
+        _unpack, grid, mask, values.view(bits), _before(ones), x.view(bits), entries, blocks, k, BLOCK=_BLOCK
+    )
     return x
 
 
@@ -190,7 +195,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     samples, n = bits.shape
     blocks = triton.cdiv(n, _BLOCK)
     mask = torch.empty(samples, triton.cdiv(n, 8), dtype=torch.uint8, device=bits.device)
-    _pack_bits[(samples * blocks,)](bits.contiguous().view(torch.int8), mask, n, blocks, BLOCK=_BLOCK)
+    launch(_pack_bits, (samples * blocks,), bits.contiguous().view(torch.int8), mask, n, blocks, BLOCK=_BLOCK)
     return mask
 
 
@@ -199,7 +204,7 @@ def unpack_bits(mask: Tensor, entries: int) -> Tensor:
     samples = len(mask)
     blocks = triton.cdiv(entries, _BLOCK)
     bits = torch.empty(samples, entries, dtype=torch.bool, device=mask.device)
-    _unpack_bits[(samples * blocks,)](mask, bits.view(torch.int8), entries, blocks, BLOCK=_BLOCK)
+    launch(_unpack_bits, (samples * blocks,), mask, bits.view(torch.int8), entries, blocks, BLOCK=_BLOCK)
     return bits
 
 

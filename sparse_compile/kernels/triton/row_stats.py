@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.triton import launch
+
 _ROWS = 8
 _COLUMNS = 128
 
@@ -88,7 +90,9 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     n, outputs = dy.shape
     squares = torch.empty(n, dtype=torch.float32, device=dy.device)
     live = torch.empty(n, dtype=torch.int8, device=dy.device)
-    _row_stats[(max(1, triton.cdiv(n, _ROWS)),)](
+    launch(
+        _row_stats,
+        (max(1, triton.cdiv(n, _ROWS)),),
         *(dy, dy if base is None else base, squares, live),
         *(n, outputs, 1 if base is None else len(base), *dy.stride()),
         BASED=base is not None,
@@ -102,7 +106,11 @@ def live_rows(dy: Tensor) -> Tensor:
     """Which rows of ``dy`` [N, O] are not exactly zero: bool [N]."""
     n, outputs = dy.shape
     live = torch.empty(n, dtype=torch.int8, device=dy.device)
-    _live_rows[(max(1, triton.cdiv(n, _ROWS)),)](
-        *(dy, live, n, outputs, *dy.stride()), BLOCK_ROWS=_ROWS, BLOCK_COLUMNS=_COLUMNS
+    launch(
+        _live_rows,
+        (max(1, triton.cdiv(n, _ROWS)),),
+        *(dy, live, n, outputs, *dy.stride()),
+        BLOCK_ROWS=_ROWS,
+        BLOCK_COLUMNS=_COLUMNS,
     )
     return live.view(torch.bool)

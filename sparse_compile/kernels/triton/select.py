@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.triton import launch
+
 _BLOCK = 4096
 _ROUNDS = 4  # blocks of one program, whose counts are added up in registers
 
@@ -126,7 +128,9 @@ def kth_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for width in form.digits:
         shift -= width
         digit = {"WIDTH": width, "BINS": _BINS}
-        _count_digits[(samples * spans,)](
+        launch(
+            _count_digits,
+            (samples * spans,),
             *(x.view(form.bits), threshold, totals, n, spans),
             **form.constants,
             **digit,
@@ -135,5 +139,5 @@ def kth_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
             ROUNDS=_ROUNDS,
             num_warps=8,
         )
-        _choose_digit[(samples,)](threshold, room, totals, **digit)
+        launch(_choose_digit, (samples,), threshold, room, totals, **digit)
     return threshold, room

@@ -7,6 +7,7 @@ counted in powers of two there (``bucket``), so that a count that varies does no
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -84,18 +85,10 @@ SCORES = {
 SMALLEST_SCORES = [_scores(16, 16, warps=4, stages=1)]
 
 
-def half() -> list[triton.Config]:
-    """The list for the GPU at hand."""
-    return HALF[_generation()]
-
-
-def scores(over: str, single: bool, wide: bool) -> list[triton.Config]:
-    """The list in ``SCORES`` for the GPU at hand."""
-    return SCORES[over, "single" if single else str(_generation()), wide]
-
-
-def _generation() -> int:
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+@functools.cache
+def generation(device: torch.device) -> int:
+    """Which of the lists are for ``device``, which need not be the current one."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return 90 if hopper else 80
 
 

@@ -9,6 +9,7 @@ tile, each with a partial sum of its own in float32; those are added up afterwar
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import choice
-from sparse_compile.kernels.triton import tiles
+from sparse_compile.kernels.triton import launch, tiles
 
 _GROUP = 8
 # What a split is worth: fewer rows than this are not divided any further.
@@ -87,8 +88,12 @@ def _gather_reduce(
 
 
 _KEY = ["bucket", "height", "width", "splits", "SCALED", "PRECISION"]
-_half = tiles.tuned(_gather_reduce, tiles.half(), _KEY)
-_single = tiles.tuned(_gather_reduce, tiles.SINGLE, _KEY)
+
+
+@functools.cache
+def _tuned(single: bool, generation: int) -> Any:
+    """The kernel with the tiles for its dtype and GPU."""
+    return tiles.tuned(_gather_reduce, tiles.SINGLE if single else tiles.HALF[generation], _KEY)
 
 
 def weight_gradient(
@@ -128,8 +133,10 @@ def weight_gradient(
     def grid(tile: dict[str, int]) -> tuple[int, int]:
         return (triton.cdiv(height, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]), splits)
 
-    kernel = _single if dy.dtype == torch.float32 else _half
-    kernel[grid](
+    kernel = _tuned(dy.dtype == torch.float32, tiles.generation(dy.device))
+    launch(
+        kernel,
+        grid,
         *(a, b, kept, count, count if scale is None else scale, sums, height, width),
         *(*a.stride(), *b.stride(), choice.bucket(len(kept)), splits),
         SCALED=scale is not None,
