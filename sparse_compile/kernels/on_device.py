@@ -104,7 +104,7 @@ def input_gradient_of_rows(dy: Tensor, w: Tensor, rows: Rows) -> DistinctRows:
     from sparse_compile.kernels.triton.input_gradient import input_gradient
 
     assert rows.count is not None
-    products = input_gradient(dy, w, rows.kept, rows.count, rows.scale)
+    products = input_gradient(dy, w, rows.kept.int(), rows.count, _narrow(rows.scale))
     if rows.base is not None:
         k = len(rows.kept)
         torch.mm(rows.base, w, out=products[k : k + len(rows.base)])
@@ -127,12 +127,19 @@ def _index(rows: Rows, n: int) -> Tensor:
     return index[:n]
 
 
+def _narrow(scale: Tensor | None) -> Tensor | None:
+    """As the kernels are built and tested for, like int32 for row numbers: every other dtype is another
+    build, of which nobody knows whether it fits."""
+    return None if scale is None else scale.float()
+
+
 def weight_gradient_of_rows(dy: Tensor, x: Tensor, rows: Rows, *, transposed: bool) -> Tensor:
     """dW = Ŷᵀ · X, or its transpose, with dY [N, O] and X [N, I]. ``rows`` has a count."""
     from sparse_compile.kernels.triton.weight_gradient import weight_gradient
 
     assert rows.count is not None
-    dw = weight_gradient(dy, x, rows.kept, rows.count, rows.scale, transposed=transposed)
+    kept, scale = rows.kept.int(), _narrow(rows.scale)
+    dw = weight_gradient(dy, x, kept, rows.count, scale, transposed=transposed)
     if rows.base is not None:
         inputs = sum_dropped(x, rows)
         dw.addmm_(*((inputs.t(), rows.base) if transposed else (rows.base.t(), inputs)))

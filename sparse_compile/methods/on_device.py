@@ -46,7 +46,7 @@ def drawn(scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
     n = len(scores)
     s = scores.double()
     if n == 0:
-        return dataclasses.replace(_no_rows(s != 0), scale=s)
+        return dataclasses.replace(_no_rows(s != 0), scale=scores)
     alive = s.count_nonzero()
     few = alive <= k
     descending, by_score = s.sort(descending=True)
@@ -62,7 +62,7 @@ def drawn(scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
     weight = torch.where(few, torch.ones_like(p), 1 / p)[kept].clamp_(max=math.inf if clip is None else clip)
     weight = torch.where(s[kept] != 0, weight, torch.zeros_like(weight))
     weight = torch.where(s.sum().isfinite(), weight, torch.full_like(weight, torch.nan))
-    return Rows(kept, scale=weight, count=_at_most(k, alive))
+    return Rows(kept, scale=weight.to(scores.dtype), count=_at_most(k, alive))
 
 
 def _probabilities(s: Tensor, descending: Tensor, k: int) -> Tensor:

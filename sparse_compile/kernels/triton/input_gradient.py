@@ -108,9 +108,9 @@ def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Te
     Args:
         dy: [N, O], of any strides.
         w: W [O, I], of any strides, in the dtype of ``dy``.
-        kept: int32 or int64 [C], C ≤ N, contiguous: row numbers, of which the first ``count`` are read.
+        kept: int32 [C], C ≤ N, contiguous: row numbers, of which the first ``count`` are read.
         count: int32 [1], on the device.
-        scale: [C], or None.
+        scale: float32 [C], or None.
 
     Returns:
         [N, I]: products, in the order of ``kept``; then rows that are not written; then, if ``count`` < N, a

@@ -111,9 +111,9 @@ def weight_gradient(
     Args:
         dy: [N, O], of any strides.
         x: X [N, I], of any strides, in the dtype of ``dy``.
-        kept: int32 or int64 [C], C ≤ N, contiguous: row numbers, of which the first ``count`` are read.
+        kept: int32 [C], C ≤ N, contiguous: row numbers, of which the first ``count`` are read.
         count: int32 [1], on the device.
-        scale: [C], or None.
+        scale: float32 [C], or None.
         transposed: return dW as [I, O].
         splits: among how many programs the rows of a tile are dealt out; None fills the GPU.
 

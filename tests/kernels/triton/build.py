@@ -9,18 +9,26 @@ are interpreted cannot build them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 CAPABILITIES = (80, 90)
+
+# Of arguments that are not in the dtype of the gradient, by name.
+TYPES = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32", "live": "*i8"}
+TYPES |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32", "before": "*i64"}
+TYPES |= {"ones": "*i32", "mask": "*u8", "bits": "*i8"}
+TYPES |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,23 @@ class Built:
     copies: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be built; see :class:`Built`, and :func:`build`, which is called for the rest of it."""
+
+    kernel: str
+    tile: str
+    dtype: str
+    precision: str
+    scaled: bool
+    capability: int
+    build: Callable[[], dict[str, Any]]
+
+    def run(self) -> Built:
+        described = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "build"}
+        return Built(**described, **self.build())
+
+
 def build(
     kernel: Any,
     constants: dict[str, Any],
@@ -78,11 +103,7 @@ def build(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    others = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32"}
-    others |= {"live": "*i8"}
-    others |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32"}
-    others |= {"before": "*i64", "ones": "*i32", "mask": "*u8", "bits": "*i8"}
-    others |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32", **(types or {})}
+    others = TYPES | (types or {})
     tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values", "of_features", "of_rows"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
@@ -135,9 +156,10 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def products() -> Iterator[Built]:
-    """The two products: every tile of the lists that they are tuned over. What changes little is built with
-    the largest tile alone: float16 (another instruction than bfloat16), and scaled rows."""
+def products() -> Iterator[Job]:
+    """The two products: every tile of the lists that they are tuned over, of rows that are scaled (drawn at
+    random) and of rows that are not. What changes little is built once: float16, which is another instruction
+    than bfloat16, with the largest tile; and float32 without tensor cores, which is the same on any GPU."""
     from sparse_compile.kernels.triton import input_gradient, tiles, weight_gradient
 
     kernels = (
@@ -146,27 +168,29 @@ def products() -> Iterator[Built]:
     )
     for (name, kernel), capability in itertools.product(kernels, CAPABILITIES):
         half = tiles.HALF[capability]
-        modes = [("bf16", "ieee", False, config) for config in half]
-        modes += [(dtype, "ieee", True, half[0]) for dtype in ("bf16", "fp16")]
-        modes += [("fp32", precision, False, c) for precision in ("ieee", "tf32") for c in tiles.SINGLE]
+        modes = [("bf16", "ieee", scaled, config) for config in half for scaled in (False, True)]
+        modes += [("fp32", "tf32", name == "gather_reduce", config) for config in tiles.SINGLE]
+        if capability == 90:
+            modes += [("fp16", "ieee", True, half[0])]
+            modes += [("fp32", "ieee", name == "gather_matmul", config) for config in tiles.SINGLE]
         for dtype, precision, scaled, config in modes:
             constants = {**config.kwargs, "SCALED": scaled, "PRECISION": precision, "GROUP": 8}
             if name == "gather_matmul":
                 constants["EVEN_K"] = True
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             tile = "{BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs)
-            yield Built(
+            yield Job(
                 kernel=name,
                 tile=f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
                 dtype=dtype,
                 precision=precision,
                 scaled=scaled,
                 capability=capability,
-                **build(kernel, constants, dtype, capability, **options),
+                build=functools.partial(build, kernel, constants, dtype, capability, **options),
             )
 
 
-def others() -> Iterator[Built]:
+def others() -> Iterator[Job]:
     """Statistics and compaction."""
     from sparse_compile.kernels.triton import compaction, neighbours, row_stats
 
@@ -179,21 +203,20 @@ def others() -> Iterator[Built]:
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}, {"num_warps": 16}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": False}, {"num_warps": 16}),
     ]
-    for (name, kernel, constants, options), dtype, capability in itertools.product(
-        chosen, ("bf16", "fp32"), CAPABILITIES
-    ):
-        yield Built(
+    targets = [("bf16", 80), ("bf16", 90), ("fp32", 90)]
+    for (name, kernel, constants, options), (dtype, capability) in itertools.product(chosen, targets):
+        yield Job(
             kernel=name,
             tile=str(constants),
             dtype=dtype,
             precision="",
             scaled=False,
             capability=capability,
-            **build(kernel, constants, dtype, capability, **options),
+            build=functools.partial(build, kernel, constants, dtype, capability, **options),
         )
 
 
-def odd_sizes() -> Iterator[Built]:
+def odd_sizes() -> Iterator[Job]:
     """Everything once more for sizes that are ones, and for any, on one GPU with one tile."""
     from sparse_compile.kernels.triton import (
         compaction,
@@ -216,18 +239,18 @@ def odd_sizes() -> Iterator[Built]:
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}),
     ]
     for (name, kernel, constants), sizes in itertools.product(kernels, ("ones", "any")):
-        yield Built(
+        yield Job(
             kernel=name,
             tile=str(constants),
             dtype="bf16",
             precision="ieee",
             scaled=True,
             capability=90,
-            **build(kernel, constants, "bf16", 90, sizes=sizes),
+            build=functools.partial(build, kernel, constants, "bf16", 90, sizes=sizes),
         )
 
 
-def packing() -> Iterator[Built]:
+def packing() -> Iterator[Job]:
     """Selection and packing. Numbers are bits to them: float16 differs from bfloat16 in a constant."""
     from sparse_compile.kernels.triton import pack, select
 
@@ -249,28 +272,29 @@ def packing() -> Iterator[Built]:
         ]
         integers = "i32" if form.bits == torch.int32 else "i16"
         for (name, kernel, constants, options), (sizes, capability) in itertools.product(chosen, targets):
-            yield Built(
+            yield Job(
                 kernel=name,
                 tile=str(constants),
                 dtype=integers,
                 precision="",
                 scaled=False,
                 capability=capability,
-                **build(kernel, constants, integers, capability, sizes=sizes, **options),
+                build=functools.partial(
+                    build, kernel, constants, integers, capability, sizes=sizes, **options
+                ),
             )
 
 
-def attention() -> Iterator[Built]:
-    """The two walks: every tile under a causal mask and with one that is added; and the other masks, float16,
-    sizes of one and any with one tile."""
+def attention() -> Iterator[Job]:
+    """The two walks: every tile under a causal mask and with one that is added; float32 on one GPU for each
+    precision; and the other masks, float16, sizes of one and any with one tile."""
     from sparse_compile.kernels.triton import tiles
 
     for (over, gpu, wide), configs in tiles.SCORES.items():
         width = 128 if wide else 64
         modes = [("bf16", "ieee", int(gpu), mask) for mask in ("causal", "added")] if gpu != "single" else []
         if gpu == "single":
-            modes = [("fp32", "ieee", capability, "added") for capability in CAPABILITIES]
-            modes += [("fp32", "tf32", 80, "added")]
+            modes = [("fp32", "ieee", 90, "added"), ("fp32", "tf32", 80, "added")]
         for config, mode in itertools.product(configs, modes):
             yield _walk(over, width, config, *mode)
     for over in ("rows", "keys"):
@@ -297,20 +321,21 @@ def _walk(
     mask: str,
     *,
     sizes: str = "multiples of 16",
-) -> Built:
+) -> Job:
     from sparse_compile.kernels.triton import attention
 
     constants = {**config.kwargs, "WIDTH": width, "PRECISION": precision, "CAUSAL": "causal" in mask}
     constants |= {"MASKED": mask not in ("none", "causal"), "ALIKE": "all rows" in mask}
     kernel = attention._key_gradients if over == "rows" else attention._query_gradients
-    return Built(
+    return Job(
         kernel="key_gradients" if over == "rows" else "query_gradients",
         tile="{ROWS}x{KEYS}".format(**config.kwargs) + f"x{width}, {config.num_warps} warps, mask: {mask}",
         dtype=dtype,
         precision=precision,
         scaled=False,
         capability=capability,
-        **build(
+        build=functools.partial(
+            build,
             kernel,
             constants,
             dtype,
@@ -323,24 +348,36 @@ def _walk(
     )
 
 
-def _prepared() -> Iterator[Built]:
+def _prepared() -> Iterator[Job]:
     from sparse_compile.kernels.triton import attention
 
     targets = [("multiples of 16", capability) for capability in CAPABILITIES] + [("ones", 90), ("any", 90)]
     for dtype, (sizes, capability) in itertools.product(("bf16", "fp32"), targets):
         weighted = dtype == "bf16"
         constants = {"WEIGHTED": weighted, "ROWS": attention._PREPARED, "WIDTH": 128}
-        yield Built(
+        yield Job(
             kernel="prepare",
             tile=str(constants),
             dtype=dtype,
             precision="",
             scaled=weighted,
             capability=capability,
-            **build(attention._prepare, constants, dtype, capability, sizes=sizes, types=_heads(dtype)),
+            build=functools.partial(
+                build, attention._prepare, constants, dtype, capability, sizes=sizes, types=_heads(dtype)
+            ),
         )
 
 
+def everything() -> list[Job]:
+    return [*products(), *others(), *odd_sizes(), *packing(), *attention()]
+
+
+def _run(number: int) -> Built:
+    """One of the jobs; they are not sent to a process, but known to it."""
+    return everything()[number].run()
+
+
 if __name__ == "__main__":
-    everything = itertools.chain(products(), others(), odd_sizes(), packing(), attention())
-    json.dump([dataclasses.asdict(built) for built in everything], sys.stdout)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        done = pool.map(_run, range(len(everything())), chunksize=1)
+    json.dump([dataclasses.asdict(built) for built in done], sys.stdout)

@@ -24,7 +24,7 @@ TENSOR_CORES = {80: ["mma.sync"], 90: ["wgmma.mma_async"]}
 
 @pytest.fixture(scope="module")
 def built() -> list[Built]:
-    """In a process of its own: in this one, kernels may be interpreted. 30 s on one core, once; Triton keeps
+    """In a process of its own: in this one, kernels may be interpreted. 80 s of one core, once; Triton keeps
     what it compiled."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     program = Path(__file__).with_name("build.py")
@@ -78,3 +78,12 @@ def test_products_copy_ahead_of_what_they_multiply(built: list[Built]) -> None:
     products = [b for b in built if b.kernel in PRODUCTS and b.sizes == "multiples of 16"]
     assert products
     assert not [b for b in products if not b.copies]
+
+
+def test_every_tile_was_built_for_rows_that_are_scaled_and_for_others(built: list[Built]) -> None:
+    """Both kinds are tuned over the whole list: rows that are drawn have a scale."""
+    products = [b for b in built if b.kernel in PRODUCTS[:2] and b.dtype == "bf16"]
+    even = [b for b in products if b.sizes == "multiples of 16"]
+    which = [{(b.kernel, b.tile, b.capability) for b in even if b.scaled is s} for s in (True, False)]
+    assert which[0] == which[1]
+    assert len(which[0]) == 2 * (3 + 4)

@@ -6,14 +6,19 @@ import ast
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile.kernels import triton
-from sparse_compile.kernels.triton import tiles
+from kernels.triton.build import TYPES
+from sparse_compile import Reuse, Sample, Schedule, device_linear
+from sparse_compile.kernels import choice, on_device, triton
+from sparse_compile.kernels.triton import compaction, input_gradient, row_stats, tiles, weight_gradient
+from sparse_compile.linear_site import LinearSite
 
 FOLDER = Path(triton.__file__).parent
 
@@ -74,3 +79,39 @@ def test_tiles_are_those_for_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPa
         assert tiles.generation(torch.device("cpu")) == 80
     finally:
         tiles.generation.cache_clear()
+
+
+NAMES = {
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@pytest.mark.parametrize("method", [None, Reuse(0.7), Sample(0.3), Sample(0.3, gradients="weight")])
+def test_what_runs_is_what_is_built(method: Reuse | Sample | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the types that ``build.py`` names: of another, nobody knows whether it fits a GPU."""
+    found: dict[str, str] = {}
+
+    def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        unread = () if options.get("SCALED", True) else ("scale",)
+        for name, value in zip(kernel.arg_names, arguments, strict=False):
+            if name in TYPES and isinstance(value, Tensor) and name not in unread:
+                found[name] = f"*{NAMES[value.dtype]}"
+                assert found[name] == TYPES[name], name
+        triton.launch(kernel, grid, *arguments, **options)
+
+    for module in (compaction, input_gradient, row_stats, weight_gradient):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(on_device, "usable", lambda dy: True)
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    site, phase = LinearSite("layer"), Schedule(linear=method).at(0)
+    dy, x, w = torch.randn(24, 8), torch.randn(24, 6), torch.randn(8, 6)
+    dy[:12] = 0
+    for _ in range(2):
+        site.linear_backward(dy, x, w, tokens=4, phase=phase, dw_transposed=False)
+    assert {"kept", "count"} <= found.keys()
+    assert ("scale" in found) == isinstance(method, Sample)
