@@ -91,7 +91,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("method", [None, Reuse(0.7), Sample(0.3), Sample(0.3, gradients="weight")])
-def test_what_runs_is_what_is_built(method: Reuse | Sample | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_is_what_is_built(
+    method: Reuse | Sample | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the types that ``build.py`` names: of another, nobody knows whether it fits a GPU."""
     found: dict[str, str] = {}
 
@@ -109,7 +111,7 @@ def test_what_runs_is_what_is_built(method: Reuse | Sample | None, monkeypatch: 
     monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
     site, phase = LinearSite("layer"), Schedule(linear=method).at(0)
-    dy, x, w = torch.randn(24, 8), torch.randn(24, 6), torch.randn(8, 6)
+    dy, x, w = (torch.randn(size, device=device) for size in ((24, 8), (24, 6), (8, 6)))
     dy[:12] = 0
     for _ in range(2):
         site.linear_backward(dy, x, w, tokens=4, phase=phase, dw_transposed=False)
