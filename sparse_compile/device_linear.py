@@ -6,7 +6,8 @@ On the CPU a site looks at its rows and then decides. Here looking means to wait
 - whether to skip zero rows is decided by how many there were at the backward before. Both ways are exact, so
   a wrong guess costs time only. Where there were none, the next looks are further and further apart;
 - what multiplies is timed once for every shape (``kernels/choice.py``): ATen, on the whole of dY or on
-  gathered rows; Triton, which gathers inside the product; or, for 2:4, cuSPARSELt.
+  gathered rows; Triton, which gathers inside the product; or, for 2:4, cuSPARSELt;
+- and so is whether choosing rows pays: to choose them takes dozens of small launches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from sparse_compile.methods import on_device as methods
 from sparse_compile.methods.rows import Estimate, Neighbours, Rows, number_kept
 from sparse_compile.methods.sample import Draw
 from sparse_compile.phases import parse_n_m
+from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
 
 # Products over gathered rows are not as fast as dense ones: fewer zero rows than this are not skipped.
 _WORTH_SKIPPING = 1 / 16
@@ -64,6 +67,11 @@ class DeviceLinear:
     def __init__(self, where: tuple[torch.device, torch.dtype] | None = None) -> None:
         self.kernel = ""
         self._where = where
+        self._asked: tuple[object, ...] | None = None
+        self._lacks = (False, False)  # whether X was not there in the last backward, and W
+        self._chosen_by: list[
+            Callable[[], object]
+        ] = []  # what chose rows in this backward, if it is to be timed
         self._tally = Tally()
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 
@@ -77,6 +85,26 @@ class DeviceLinear:
         assert rows.count is not None
         return rows if self._looks.found(rows.count, len(dy)) else None
 
+    def pays(self, method: Reuse | Sample | Adaptive, share: float, shape: tuple[int, ...]) -> bool:
+        """Whether to choose rows by ``method``: False where the dense products were found to be as fast. The
+        first backward chooses in any case, and is timed.
+
+        Ranks of one run may find different answers, and one then is exact where another samples. Their
+        gradients are averaged, and exact ones are no worse than what they stand for: no rank has to know.
+
+        Args:
+            share: of the rows that ``method`` keeps.
+            shape: (N, I, O), or () before the first backward.
+        """
+        self._chosen_by.clear()
+        if not shape or share == 1.0:
+            return True
+        n, inputs, outputs = shape
+        products = method.gradients if isinstance(method, Sample) else ""
+        what = ("chosen", method.method, products, round(16 * share))
+        self._asked = (*what, self._where, choice.bucket(n), inputs, outputs)
+        return choice.known((*self._asked, self._lacks)) != "dense"
+
     def can_reuse(self, dy: Tensor, base: Tensor, method: Reuse) -> bool:
         """Whether ``method`` keeps whole rows, and few enough of them."""
         computed = number_kept(method.keep, len(dy)) + len(base)
@@ -84,9 +112,15 @@ class DeviceLinear:
 
     def reuse(self, dy: Tensor, base: Tensor, keep: float) -> Rows:
         """Rows of dY [N, O] by the norm of their residual; see ``methods/reuse.py``."""
-        squares, live = on_device.row_stats(dy, base.contiguous())
+
+        def choose() -> tuple[Rows, Tensor]:
+            squares, live = on_device.row_stats(dy, base.contiguous())
+            return methods.largest(squares, live, keep, base), live
+
+        self._chosen_by.append(choose)
+        rows, live = choose()
         self._tally.zero = self._tally.zero + (len(dy) - live.sum())
-        return methods.largest(squares, live, keep, base)
+        return rows
 
     def neighbours(
         self, dy: Tensor, base: Tensor, method: Reuse, inputs: int
@@ -104,14 +138,21 @@ class DeviceLinear:
 
     def norms(self, dy: Tensor) -> Tensor:
         """‖dY_i‖ in float32, [N]; zero exactly where the row is."""
-        squares, live = on_device.row_stats(dy)
+
+        def measure() -> tuple[Tensor, Tensor]:
+            squares, live = on_device.row_stats(dy)
+            # The square of an entry below 1e-23 is zero, and yet its row needs a chance.
+            smallest = torch.finfo(squares.dtype).tiny
+            return torch.where(live, squares.sqrt().clamp(min=smallest), 0.0), live
+
+        self._chosen_by.append(measure)
+        norms, live = measure()
         self._tally.zero = self._tally.zero + (len(dy) - live.sum())
-        # The square of an entry below 1e-23 is zero, and yet its row needs a chance.
-        smallest = torch.finfo(squares.dtype).tiny
-        return torch.where(live, squares.sqrt().clamp(min=smallest), 0.0)
+        return norms
 
     def draw(self, scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
         """k rows drawn at random by ``scores`` [N]; see ``methods/sample.py``."""
+        self._chosen_by.append(lambda: methods.drawn(scores, k, clip, draw))
         return methods.drawn(scores, k, clip, draw)
 
     def backward(
@@ -154,9 +195,34 @@ class DeviceLinear:
         )
         with triton.current(dy.device):  # whose time is taken
             self.kernel = choice.fastest(key, candidates) if len(candidates) > 1 else "aten"
+            self._time_choosing(dy, x, w, for_dw, candidates[self.kernel], dw_transposed)
         if self.kernel == "triton":
             self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted)
         return candidates[self.kernel]()
+
+    def _time_choosing(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        w: Tensor | None,
+        for_dw: Estimate,
+        products: Callable[[], object],
+        dw_transposed: bool,
+    ) -> None:
+        """Choosing rows and the ``products`` of them against the dense products, if rows were chosen. (What
+        renews a base is not in it: one pass over dY in ``refresh_every`` backwards.)"""
+        steps, self._chosen_by = self._chosen_by, []
+        self._lacks = (x is None, w is None)
+        if not steps or self._asked is None:
+            return
+        if x is not None and isinstance(for_dw, Rows) and for_dw.scale is not None:
+            steps.append(lambda: torch.linalg.vector_norm(x, dim=1, dtype=torch.float32))
+        steps.append(products)
+        candidates: dict[str, Callable[[], object]] = {
+            "dense": lambda: aten.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed),
+            "chosen": lambda: [step() for step in steps],
+        }
+        choice.fastest((*self._asked, self._lacks), candidates)
 
     def _describe(self, estimate: Estimate) -> tuple[object, ...]:
         """What the time of a product depends on. Numbers that may change from step to step (the rows of a

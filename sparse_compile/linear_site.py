@@ -127,6 +127,8 @@ class LinearSite(Site):
             zero, estimates = 0, (dy, dy)
         elif method is None or self._has_no_method(phase):
             self.method = "exact"
+            if self._device and method is not None:
+                self._memory.clear()  # or it would be of long ago, should reuse pay again
             zero, estimates = self._exactly(dy, needed)
         elif isinstance(method, Reuse):
             self.method = method.method
@@ -180,7 +182,8 @@ class LinearSite(Site):
 
     def note(self, phase: Phase) -> str:
         if phase.linear is not None and not self.held_back and not self._pays(phase.linear):
-            return "sampling would cost more than it saves at this size and share: only zero rows are skipped"
+            what = "reuse" if isinstance(phase.linear, Reuse) else "sampling"
+            return f"{what} would cost more than it saves at this size and share: only zero rows are skipped"
         return "" if self.rotated is None else self.rotated.note
 
     def keep(self, phase: Phase) -> float:
@@ -203,8 +206,10 @@ class LinearSite(Site):
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
         """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A share
-        that the user has fixed is kept to. What exact skips, sampling cannot save once more. (The costs are
-        those of a CPU, on every device.)"""
+        that the user has fixed is kept to, unless a GPU has measured it to be slower. What exact skips,
+        sampling cannot save once more. (All other costs are those of a CPU, on every device.)"""
+        if self._device and not self._device.pays(method, self._share(method), self.shape):
+            return False
         if not isinstance(method, Adaptive) or not self.shape or self._share(method) == 1.0:
             return True
         rows, inputs, outputs = self.shape

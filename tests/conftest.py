@@ -50,6 +50,16 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_chosen() -> Iterator[None]:
+    """What is fastest is remembered for a process; no test is to know what another has measured."""
+    from sparse_compile.kernels import choice
+
+    choice._chosen.clear()
+    yield
+    choice._chosen.clear()
+
+
 @pytest.fixture
 def reuse_however_little_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reuse rows in attention also where the layer is so small that it would be exact."""

@@ -36,6 +36,11 @@ def fastest(key: Hashable, candidates: Mapping[str, Callable[[], object]]) -> st
     return _chosen[key]
 
 
+def known(key: Hashable) -> str | None:
+    """What was chosen for ``key``; None if nothing was."""
+    return _chosen.get(key)
+
+
 def bucket(number: int) -> int:
     """``number`` rounded up to a power of two, for keys."""
     return 1 << max(number - 1, 0).bit_length()
