@@ -193,11 +193,12 @@ class DeviceLinear:
             *(dy.device, dy.dtype, choice.bucket(len(dy)), dy.shape[1], inputs, x is None, w is None),
             *(dw_transposed, for_dx is for_dw, *map(self._describe, estimates)),
         )
+        counted = bool(self._chosen_by)  # what chose rows has counted those that are zero
         with triton.current(dy.device):  # whose time is taken
             self.kernel = choice.fastest(key, candidates) if len(candidates) > 1 else "aten"
             self._time_choosing(dy, x, w, for_dw, candidates[self.kernel], dw_transposed)
         if self.kernel == "triton":
-            self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted)
+            self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted, counted)
         return candidates[self.kernel]()
 
     def _time_choosing(
@@ -236,11 +237,12 @@ class DeviceLinear:
         tokens = 0 if estimate.base is None else choice.bucket(len(estimate.base))
         return ("kept", choice.bucket(len(estimate.kept)), tokens, estimate.scale is None)
 
-    def _count_skipped(self, n: int, flops: int, wanted: list[Estimate]) -> None:
+    def _count_skipped(self, n: int, flops: int, wanted: list[Estimate], counted: bool) -> None:
         counts = [e.count for e in wanted if isinstance(e, Rows) and e.padded and e.count is not None]
         if counts:
             skipped = (n - counts[0]).to(torch.int64).sum()
-            self._tally.zero = self._tally.zero + skipped
+            if not counted:
+                self._tally.zero = self._tally.zero + skipped
             self._tally.skipped = self._tally.skipped + skipped
             self._tally.flops = self._tally.flops + skipped * (flops * len(counts))
 

@@ -90,6 +90,19 @@ def test_zero_rows_that_are_multiplied_all_the_same_are_not_counted_as_skipped(
     assert ours.site.counters.flops_backward == ours.site.counters.flops_backward_dense
 
 
+def test_zero_rows_are_counted_once_where_one_gradient_is_sampled(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
+) -> None:
+    """The norms tell them, and so does what skips them in the other gradient."""
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ours = run()
+    for step in range(3):
+        ours(*batch(step, 0.5), tokens=TOKENS, phase=at(METHODS["sample dW"]), dw_transposed=False)
+    ours.site.settle()
+    assert ours.site.counters.rows_zero == 3 * N // 2
+    assert ours.site.counters.rows_computed == 3 * N // 2
+
+
 def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:
     ours = run()
     for step in range(2):
