@@ -10,9 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 from sparse_compile import Reuse, Sample, Schedule
+from sparse_compile.device_attention import DeviceAttention
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as aten
+from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.methods.rows import Neighbours, Rows
 
@@ -69,6 +71,17 @@ def test_neither_are_four_neighbours(keys: set[object]) -> None:
         pair = (Neighbours(part, torch.ones(tokens, 4), live, t) for part, t in ((dy, False), (dy.t(), True)))
         DeviceLinear().backward(dy, x, w, *pair, dw_transposed=False)
     assert len(keys) == 1
+
+
+def test_nor_is_an_attention_over_fewer_samples() -> None:
+    """The last batch of an epoch, or one of a length of its own."""
+
+    def key(samples: int, tokens: int) -> object:
+        q = torch.empty(samples, 2, tokens, 8)
+        forward = CudaFused("flash", q, q, q, q, q[..., 0], False, None, None, ())
+        return DeviceAttention()._key(q, forward, Queries(torch.empty(0), None, 0.5))
+
+    assert key(32, 100) == key(29, 120) != key(4, 100)
 
 
 SHARES = {"sample": Sample(0.25), "sample dW": Sample(0.25, gradients="weight"), "reuse": Reuse(0.75)}
