@@ -194,8 +194,16 @@ def run_seed(found: Found, entries: list[Entry], task: Task, seed: int, rounds: 
 def slim(run: dict[str, Any]) -> dict[str, Any]:
     """A run as it is kept: of the report the totals and what the controller decided, without every step."""
     report = run.pop("report") or {}
-    run.pop("step_seconds")
-    return {**run, "totals": report.get("totals"), "history": report.get("history", [])}
+    history, seconds = report.get("history", []), run.pop("step_seconds")
+    return {**run, "probing": probing(history, seconds), "totals": report.get("totals"), "history": history}
+
+
+def probing(history: list[dict[str, Any]], seconds: list[float]) -> float:
+    """What steps that measure take beyond their neighbours, as a share of the rest of the run. Alternating steps
+    are too few to show it. `seconds` begin at step 1, since step 0 compiles."""
+    measured = [entry["step"] - 1 for entry in history if 0 < entry["step"] <= len(seconds)]
+    extra = sum(seconds[at] - statistics.median(seconds[max(0, at - 5) : at + 6]) for at in measured)
+    return extra / (sum(seconds) - extra)
 
 
 def present(found: Found) -> None:
@@ -273,11 +281,13 @@ def mean_and_std(name: str, values: list[float]) -> dict[str, float]:
 
 
 def speedup(found: Found, name: str) -> float | None:
-    """How many times faster than dense a step is, from the alternating steps; None without them."""
+    """How many times faster than dense a step is, from the alternating steps; None without them. What
+    measurements take is counted."""
     seconds = found.data["step_seconds"]
     if name not in seconds:
         return None
-    return statistics.median(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True))
+    steps = statistics.median(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True))
+    return steps / (1 + statistics.fmean(run.get("probing", 0.0) for run in found.of(name)))
 
 
 def curves(found: Found, name: str) -> list[list[tuple[int, float]]]:

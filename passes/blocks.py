@@ -206,11 +206,12 @@ def _sample(graph: Graph, node: Node, token: Node) -> tuple[Node, Node]:
             graph, torch.ops.sparse_compile.sample_weights.default, token, squares, NO_SITE, like=node
         )
         weights = op
-        if weights.meta["val"].dtype != value.dtype:
-            weights = g.call(
-                graph, torch.ops.prims.convert_element_type.default, weights, value.dtype, like=node
-            )
         for dim in range(1, value.dim()):
             weights = g.call(graph, aten.unsqueeze.default, weights, dim, like=node)
-        result = g.call(graph, aten.mul.Tensor, gradient, weights, like=node)
+        # In float32: the weights of neighbouring blocks are alike, and what is rounded off would add up.
+        result = g.call(graph, aten.mul.Tensor, wide, weights, like=node)
+        if wide is not gradient:
+            result = g.call(
+                graph, torch.ops.prims.convert_element_type.default, result, value.dtype, like=node
+            )
     return op, result

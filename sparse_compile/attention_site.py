@@ -166,7 +166,7 @@ class AttentionSite(Site):
         weights, zero = drawn
         groups = kernel.groups(weights != 0)
         self._count(zero, _rows_in(groups), forward)
-        gradients = forward.backward_of_rows(do * weights[:, None, :, None], groups)
+        gradients = forward.backward_of_rows((do * weights[:, None, :, None]).to(do.dtype), groups)
         if telemetry := self.watched():
             kept = (weights != 0)[:, None, :, None]
             self._observe(telemetry, do, forward, gradients, (kept, kept, kept))

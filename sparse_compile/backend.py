@@ -133,12 +133,13 @@ class SparseBackend:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken by the models of this backend. Counted by itself; may be set, too."""
+        """Optimizer steps taken by the models of this backend. Counted by itself, for optimizers of
+        `torch.optim`; with another one, set it after each step."""
         return self._runtime.clock.step
 
     @step.setter
     def step(self, step: int) -> None:
-        self._runtime.clock.step = step
+        self._runtime.clock.set_step(step)
 
     @property
     def rotation(self) -> Rotation | None:

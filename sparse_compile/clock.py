@@ -16,6 +16,8 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparse_compile.settings.adaptive import Adaptive
+
 if TYPE_CHECKING:
     from sparse_compile.schedule import Schedule
 
@@ -76,21 +78,36 @@ class Clock:
 
     def backward_began(self) -> None:
         self._backwards += 1
-        waiting = self._schedule.total_steps is not None or self._schedule.weight_gradients is not None
-        if self._backwards == _PATIENCE and self.step == 0 and waiting:
+        if self._backwards == _PATIENCE and self.step == 0 and self._waits():
             warnings.warn(
                 f"{_PATIENCE} backwards and no step of a torch.optim optimizer: the schedule stays at "
                 "step 0. With an optimizer of another kind, set `backend.step` after each step.",
                 stacklevel=2,
             )
 
+    def _waits(self) -> bool:
+        """Whether anything of the schedule depends on the step."""
+        schedule = self._schedule
+        adaptive = isinstance(schedule.blocks, Adaptive) or isinstance(schedule.linear, Adaptive)
+        return schedule.total_steps is not None or schedule.weight_gradients is not None or adaptive
+
+    def set_step(self, step: int) -> None:
+        """Told by the user, for an optimizer that is not PyTorch's: a later step ends the present one, if a
+        backward belongs to it."""
+        before, self.step = self.step, step
+        if self.step > before:
+            self._end(before)
+
     def tick(self) -> None:
         """End the step, if a backward belongs to it. (Two optimizers for one model make one step.)"""
         if self._backwards:
-            self._backwards = 0
-            if self._end_of_step is not None:
-                self._end_of_step(self.step)
+            self._end(self.step)
             self.step += 1
+
+    def _end(self, step: int) -> None:
+        if self._backwards and self._end_of_step is not None:
+            self._end_of_step(step)
+        self._backwards = 0
 
 
 @torch.compiler.disable

@@ -10,13 +10,16 @@ Every ``cal_var_freq`` steps is a *measurement*: its backward is exact, and ever
 Where less is saved than a measurement costs, the next ones come ever more rarely.
 
 What is measured and decided is said in ``methods/vcas.py``. There are no extra passes, and a weight's
-variance is that of rows drawn after samples were dropped: one drop is drawn for it at each block.
+variance is that of rows drawn after samples were dropped: one drop is drawn for it at each block. Shares that
+are solved for rest on the upper bound of coin flips, which needs no products; nothing else is computed then.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,8 +53,8 @@ class Weight:
     Attributes:
         squares: ‖g_b‖² of each sample, [B].
         sgd: its SGD variance.
-        act: the variance that dropping samples would add.
-        rows: the variance that drawing rows would add, and the squared bias, if weights are capped.
+        act: the variance that dropping samples would add (where shares are solved for, at most).
+        rows: the variance that drawing rows would add (as for `act`), and the squared bias of a cap.
         share: the smallest share of rows that would add little enough (only where shares are solved for).
         cap: on the weights of drawn rows.
         block: name of the block whose samples are dropped, or None.
@@ -133,11 +136,12 @@ class Controller:
         weights[kept] = 1 / p[kept]
         self._seen_blocks[name] = Block(norms, p, weights)
 
-    def observe_rows(self, name: str, dy: Tensor, x: Tensor, dw: Tensor, tokens: int) -> None:
-        """The backward of a weight: dY [N, O], X [N, I] and its exact gradient, of any shape."""
+    def observe_rows(self, name: str, dy: Tensor, x: Tensor, dw: Tensor, tokens: int) -> float:
+        """The backward of a weight: dY [N, O], X [N, I] and its exact gradient, of any shape. Returns what
+        measuring it took, in FLOPs."""
         samples = len(dy) // tokens
         if self._seen(name, self._seen_weights) or samples < 2 or len(dy) % tokens:
-            return
+            return 0.0
         dtype = wide(dy.dtype)
         dy, x, dw = dy.to(dtype), x.to(dtype), dw.to(dtype)
         squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1))
@@ -145,17 +149,32 @@ class Controller:
         if not math.isfinite(total) or not bool(squares.isfinite().all()):
             # An overflow under mixed precision, whose step will be skipped.
             self._overflowed = bool(self._seen_blocks or self._seen_weights)
-            return
+            return 0.0
         # Gram matrices of tokens, and the products of what is not drawn, for samples and for rows.
-        self._cost += len(dy) * (2 * tokens * (dy.shape[1] + x.shape[1]) + 4 * dy.shape[1] * x.shape[1])
+        cost = 2.0 * len(dy) * tokens * (dy.shape[1] + x.shape[1])
+        if not self._solves:
+            cost += 4.0 * len(dy) * dy.shape[1] * x.shape[1]
+        self._cost += cost
         sgd = vcas.sgd_variance(squares, total)
         block = next(reversed(self._seen_blocks), None)
         act = 0.0
         if block is not None and len(self._seen_blocks[block].p) == samples:
             seen = self._seen_blocks[block]
-            act = vcas.sampling_variance(squares, seen.p, dy, x)
+            act = self._variance(squares, seen.p, dy, x)
             dy = dy * seen.weights.repeat_interleave(tokens).to(dy).unsqueeze(1)
         self._seen_weights[name] = Weight(squares, sgd, act, *self._measure_rows(name, dy, x, sgd), block)
+        return cost
+
+    @property
+    def _solves(self) -> bool:
+        setting = self.blocks or self.linear
+        return setting is not None and setting.update == "solve"
+
+    def _variance(self, squares: Tensor, p: Tensor, dy: Tensor, x: Tensor) -> float:
+        """What drawing with probabilities p adds: as it is, or at most. By the latter shares are solved."""
+        if self._solves:
+            return vcas.flips_variance(squares, p)
+        return vcas.sampling_variance(squares, p, dy, x)
 
     def _seen(self, name: str, seen: dict[str, Any]) -> bool:
         """Whether the step has shown it already. What a backward that overflowed has shown is forgotten as
@@ -192,7 +211,7 @@ class Controller:
             return vcas.capped_error(squares, p(share), cap, sketch)
 
         if clip is None:
-            rows, cap = vcas.sampling_variance(squares, p(self.row_share(name)), dy, x), math.inf
+            rows, cap = self._variance(squares, p(self.row_share(name)), dy, x), math.inf
         else:
             errors = {cap: error(self.row_share(name), cap) for cap in caps}
             # Of those that are equal up to rounding, the first, which is the least biased.
@@ -200,13 +219,15 @@ class Controller:
             rows = errors[cap]
         share = 1.0
         if self.linear.update == "solve":
-            cap = caps[0]
             allowed, step = self.linear.weight_tau * sgd, self.linear.ratio_step
-            while share * live > 1:
-                within = next((c for c in caps if c <= cap and error(share * step, c) <= allowed), None)
-                if within is None:
-                    break
-                share, cap = share * step, within
+
+            def within(count: int) -> float | None:
+                return next((c for c in caps if error(step**count, c) <= allowed), None)
+
+            # After so many steps one row is left.
+            most = math.ceil(math.log(live) / -math.log(step))
+            count = _steps(most, lambda count: within(count) is not None)
+            share, cap = step**count, (within(count) if count else None) or caps[0]
         return rows, share, cap
 
     def end_of_step(self, step: int) -> None:
@@ -252,16 +273,22 @@ class Controller:
         """Whether many samples will be dropped, once the shares are as measured."""
         names = list(reversed(blocks))  # from the first block to the last
         norms = [blocks[name].norms for name in names]
+        if not any(weight.block == names[0] and _same_samples(weight, blocks) for weight in weights):
+            # What dropping would do to the first block is not known, and so, the shares rising from there, to
+            # any: its weights are frozen, or no linears', or have other samples.
+            self._sample_shares = dict.fromkeys(names, 1.0)
+            return False
 
         def shares(s: float) -> dict[str, float]:
             return dict(zip(names, vcas.monotone([vcas.share_of_norm(n, s) for n in norms]), strict=True))
 
         if setting.update == "solve":
-            self.s = 1.0
-            while self.s > setting.s_step and (
-                _dropping(blocks, weights, shares(self.s - setting.s_step)) <= setting.act_tau * sgd
-            ):
-                self.s -= setting.s_step
+            step, allowed = setting.s_step, setting.act_tau * sgd
+            most = math.ceil(1 / step - 1e-9) - 1  # s stays above 0
+            count = _steps(
+                most, lambda count: _dropping(blocks, weights, shares(1 - count * step)) <= allowed
+            )
+            self.s = 1 - count * step
         else:
             self.s = vcas.next_s(self.s, act, sgd, tau=setting.act_tau, step=setting.s_step)
         found = shares(self.s)
@@ -309,5 +336,15 @@ def _dropping(blocks: dict[str, Block], weights: list[Weight], shares: dict[str,
     return sum(
         vcas.flips_variance(weight.squares, p[weight.block])
         for weight in weights
-        if weight.block is not None and len(p[weight.block]) == len(weight.squares)
+        if weight.block is not None and _same_samples(weight, blocks)
     )
+
+
+def _same_samples(weight: Weight, blocks: dict[str, Block]) -> bool:
+    """Whether the rows of a weight are of the samples that are dropped at its block."""
+    return weight.block is not None and len(blocks[weight.block].p) == len(weight.squares)
+
+
+def _steps(most: int, allowed: Callable[[int], bool]) -> int:
+    """The largest count of 0 … most that is ``allowed``; what is allowed of one is of every smaller."""
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda count: not allowed(count))

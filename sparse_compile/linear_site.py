@@ -40,7 +40,8 @@ class LinearSite(Site):
         super().__init__(name, **settings)
         self._memory = Memory()
         self._draws = 0
-        self._needed: dict[Use, Tensor] = {}  # the rows that the forward computed, until its backward
+        # The number of a forward, and the rows that it computed, until its backward.
+        self._needed: dict[Use, tuple[int, Tensor]] = {}
         self._live: int | None = None  # rows that the last backward did not find to be zero
         self._looks = Looks(_LONGEST_PAUSE)
         self._nothing_to_ask: tuple[object, ...] | None = None
@@ -48,7 +49,14 @@ class LinearSite(Site):
         self.rotated: RotatedWeight | None = None
 
     def linear_forward(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, *, use: Use = (0, 0)
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        needed: Tensor,
+        *,
+        use: Use = (0, 0),
+        forward: int = 0,
     ) -> Tensor:
         """Y [N, O] of a linear; only the rows with ``needed``, bool [N], have to be right.
 
@@ -57,12 +65,13 @@ class LinearSite(Site):
             w: [O, I].
             bias: [O], or None.
             use: whose backward will count it.
+            forward: which forward of the graph it is.
         """
         rows = None if self.left_alone else needed.nonzero().squeeze(1)
         if rows is None or len(rows) > kernel.DENSE_SHARE * len(x):
             self._needed.pop(use, None)
             return torch.nn.functional.linear(x, w, bias)
-        self._needed[use] = rows
+        self._needed[use] = forward, rows
         return kernel.forward(x, w, bias, rows)
 
     def linear_backward(
@@ -75,6 +84,7 @@ class LinearSite(Site):
         dw_transposed: bool,
         phase: Phase | None,
         use: Use = (0, 0),
+        forward: int = 0,
         handed_over: bool = False,
         rows: Tensor | None = None,
         total: int = 0,
@@ -90,13 +100,14 @@ class LinearSite(Site):
             dw_transposed: return dW as [I, O].
             phase: what the schedule says of this step; None is exact.
             use: whose base it is.
+            forward: whose rows are needed: a second backward of one graph must not take those of a newer one.
             handed_over: give dW to ``rotated``, and return None for it.
         """
-        needed = self._needed.pop(use, None)
+        needed = self._needed.pop(use)[1] if self._needed.get(use, (None,))[0] == forward else None
         measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
         if rows is not None and (measured or (phase is not None and isinstance(phase.linear, Reuse))):
             # What is remembered of tokens, or measured of samples, is of whole ones.
-            self._needed[use] = rows if needed is None else rows[needed]
+            self._needed[use] = forward, rows if needed is None else rows[needed]
             dx, dw = self.linear_backward(
                 kernel.on_all_rows(dy, rows, total),
                 None if x is None else kernel.on_all_rows(x, rows, total),
@@ -105,6 +116,7 @@ class LinearSite(Site):
                 dw_transposed=dw_transposed,
                 phase=phase,
                 use=use,
+                forward=forward,
                 handed_over=handed_over,
             )
             return None if dx is None else (kernel.written_out(dx).index_select(0, rows), None), dw
@@ -161,7 +173,7 @@ class LinearSite(Site):
         ordinary = not (self._device or self.telemetry or handed_over)
         self._nothing_to_ask = operands if self.method == "exact" and ordinary else None
         if measured and x is not None and dw is not None:
-            self.controller.observe_rows(self.name, dy, x, dw, tokens)
+            self.counters.flops_backward += int(self.controller.observe_rows(self.name, dy, x, dw, tokens))
         return dx, dw
 
     def _hand_over(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, for_dw: Estimate) -> None:
@@ -305,6 +317,8 @@ class LinearSite(Site):
             for_dx = choose(norms, k, clip, draw)
         if gradients != "input" and x is not None:
             scores = norms * torch.linalg.vector_norm(x, dim=1, dtype=norms.dtype)
+            if self._device is None and not bool(scores.sum().isfinite()):  # 0 · inf, or an overflow
+                return 0, (dy, dy)
             for_dw = choose(scores, k, clip, draw)
         zero = len(dy) - live
         if for_dx is None or for_dw is None:  # a product that is not sampled, or not asked for

@@ -49,7 +49,7 @@
 
 Ratios, bases and counters are looked up when an op runs, so nothing that changes from step to step is in
 the graph, and both ops are opaque to Inductor. They are not pure: a backend that is not running (an
-exported graph, say) gets the token (-1, -1, -1), with which a linear is done by exact skipping alone.
+exported graph, say) gets the token (-1, -1, -1, -1), with which a linear is done by exact skipping alone.
 
 Nor may a CUDA graph hold them: a replay would not ask the runtime again. They are tagged so, and Inductor
 (``mode="reduce-overhead"``) captures what lies between them.
@@ -143,7 +143,8 @@ def _linear_backward(
     rows: Tensor | None = None,
     total: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer, use, phase = runtime.find(token.tolist(), site) or (LinearSite("?"), (0, 0), None)
+    numbers = token.tolist()
+    layer, use, phase = runtime.find(numbers, site) or (LinearSite("?"), (0, 0), None)
     assert isinstance(layer, LinearSite)
     dx, dw = layer.linear_backward(
         *(dy, x, w),
@@ -151,6 +152,7 @@ def _linear_backward(
         dw_transposed=dw_transposed,
         phase=phase,
         use=use,
+        forward=numbers[3],
         handed_over=handed_over,
         rows=rows,
         total=total,
@@ -167,9 +169,10 @@ def _linear_backward(
 def _linear_forward(
     token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
 ) -> Tensor:
-    layer, use = runtime.site(token.tolist(), site) or (LinearSite("?"), (0, 0))
+    numbers = token.tolist()
+    layer, use = runtime.site(numbers, site) or (LinearSite("?"), (0, 0))
     assert isinstance(layer, LinearSite)
-    return layer.linear_forward(x, w, bias, needed, use=use)
+    return layer.linear_forward(x, w, bias, needed, use=use, forward=numbers[3])
 
 
 @torch.library.impl(_library, "fused_attention_backward", "CompositeExplicitAutograd")
@@ -242,7 +245,7 @@ def _attention(
 
 @torch.library.register_fake("sparse_compile::begin")
 def _begin_fake(anchor: Tensor, manifest: str) -> Tensor:
-    return torch.empty(3, dtype=torch.int64, device="cpu")
+    return torch.empty(4, dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("sparse_compile::linear_backward")

@@ -34,21 +34,25 @@ from sparse_compile.naming import NamedInput, Owner
 from sparse_compile.rotation import Rotation
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
-from sparse_compile.site import Site
+from sparse_compile.site import Counters, Site
 from sparse_compile.sites import SavedRecord, SiteRecord, from_manifest
 from sparse_compile.telemetry import Telemetry
 
-Token = tuple[int, int, int]
-NO_TOKEN: Token = (-1, -1, -1)
+Token = tuple[int, int, int, int]  # runtime, graph, lane, and number of the forward
+NO_TOKEN: Token = (-1, -1, -1, -1)
 
-# A site with a smaller share of its graph's backward FLOPs is never approximated: nothing would be gained.
-# Much can be lost. Every gradient of a classifier goes through its pooler and head, and those have one row a
-# sample: with 3 rows of 32 kept there, MiniLM on movie reviews learned nothing (53 % where exact got 83 %).
-_NEGLIGIBLE = 0.001
+# A site with fewer backward FLOPs than this share of its model's mean site is never approximated: nothing
+# would be gained. Nor is one with a quarter of the rows of others and that share of all FLOPs: much can be
+# lost. Every gradient of a classifier goes through its pooler and head, and those have one row a sample:
+# with 3 rows of 32 kept there, MiniLM on movie reviews learned nothing (53 % where exact got 83 %). The model
+# is what was seen of it, since a head may have a graph of its own, which runs after those of the layers.
+_NEGLIGIBLE = 0.01
+_FEW_ROWS = 0.25, 0.001
 
 _KINDS: dict[str, type[Site]] = {"linear": LinearSite, "attention": AttentionSite, "block": BlockSite}
 
 _ids = itertools.count()
+_forwards = itertools.count()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
 _running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.ContextVar(
     "running", default=None
@@ -155,7 +159,7 @@ class Runtime:
             number = self._graph_ids[key] = len(self._graphs)
             lanes = self._lanes.setdefault(tuple(record.name for record in records), Lanes())
             self._graphs.append(RunningGraph(records, self._make_sites(records, owner), lanes))
-        return self.id, number, self._graphs[number].lanes.open(self.clock.step)
+        return self.id, number, self._graphs[number].lanes.open(self.clock.step), next(_forwards)
 
     def note(self, records: list[SiteRecord], saved: list[SavedRecord], owner: Owner) -> list[SiteRecord]:
         """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
@@ -189,19 +193,12 @@ class Runtime:
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None
         paths = [record.name.partition("@")[0] for record in records]
-        total = sum(record.flops_backward for record in records if record.rewritten)
         attentions = {record.name for record in records if record.kind == "attention"}
         sites = []
         for record, path in zip(records, paths, strict=True):
             if record.name not in self.sites:
                 block = naming.block_of(path, root, paths)
-                held_back = self._in_skipped_block(block)
-                if (
-                    held_back is None
-                    and record.kind != "block"
-                    and record.flops_backward < _NEGLIGIBLE * total
-                ):
-                    held_back = f"under {_NEGLIGIBLE:.1%} of the FLOPs: only zero rows are skipped"
+                held_back = self._in_skipped_block(block) or self._negligible(record)
                 kind = "attention" if record.name in attentions else record.kind
                 self._add_site(record.name, kind, path, held_back, block)
             if record.handed_over:
@@ -224,6 +221,24 @@ class Runtime:
             return None
         return f"block {block[0]} of {block[1]} is in skip_layers: only zero rows are skipped"
 
+    def _negligible(self, record: SiteRecord) -> str | None:
+        if record.kind == "block":
+            return None
+        copy = record.name.partition("@")[2]
+        seen = [
+            each for name, of_it in self.records.items() if name.partition("@")[2] == copy for each in of_it
+        ]
+        seen = [each for each in seen if each.rewritten and each.kind != "block"]
+        flops = [each.flops_backward for each in seen]
+        if seen and record.flops_backward < _NEGLIGIBLE * sum(flops) / len(flops):
+            return f"under {_NEGLIGIBLE:.0%} of the FLOPs of a mean site: only zero rows are skipped"
+        rows, share = _FEW_ROWS
+        most = max((each.shape[0] for each in seen if each.kind == "linear"), default=0)
+        few = record.kind == "linear" and record.shape[0] <= rows * most
+        if few and record.flops_backward < share * sum(flops):
+            return f"few rows, and under {share:.1%} of the FLOPs: only zero rows are skipped"
+        return None
+
     def _add_site(
         self, name: str, kind: str, path: str, held_back: str | None, block: tuple[int, int] | None
     ) -> None:
@@ -238,7 +253,7 @@ class Runtime:
             telemetry=self.telemetry,
         )
         if name in self._pending:
-            site.load_state_dict(self._pending.pop(name))
+            _load(site, self._pending.pop(name))
 
     def _seed_of_rank(self) -> int:
         """The seed that this process draws from. Ranks that were seeded alike must not draw alike: the noise
@@ -261,7 +276,7 @@ class Runtime:
         return graph.sites[number], (graph.records[number].call, token[2])
 
     def state_dict(self) -> dict[str, Any]:
-        sites = {name: site.state_dict() for name, site in self.sites.items()}
+        sites = {name: _state_of(site) for name, site in self.sites.items()}
         return {
             "seed": self.seed,
             "step": self.clock.step,
@@ -280,7 +295,18 @@ class Runtime:
             self.rotation.load_state_dict(state["rotation"])
         for name, site in self.sites.items():
             site.seed = self._seed_of_rank()
-            site.load_state_dict(self._pending.pop(name, {}))
+            _load(site, self._pending.pop(name, {}))
+
+
+def _state_of(site: Site) -> dict[str, Any]:
+    site.settle()
+    return {**site.state_dict(), "counters": dataclasses.asdict(site.counters)}
+
+
+def _load(site: Site, state: dict[str, Any]) -> None:
+    site.settle()
+    site.counters = Counters(**state.get("counters", {}))
+    site.load_state_dict({key: value for key, value in state.items() if key != "counters"})
 
 
 def begin(manifest: str) -> Token:
@@ -295,10 +321,15 @@ def begin(manifest: str) -> Token:
 def site(token: Sequence[int], number: int) -> tuple[Site, Use] | None:
     """Called by the ops of the forward; None if there is no backend."""
     runtime = _runtimes.get(token[0])
-    return None if runtime is None else runtime.site((token[0], token[1], token[2]), number)
+    return None if runtime is None else runtime.site(_token(token), number)
 
 
 def find(token: Sequence[int], number: int) -> tuple[Site, Use, Phase] | None:
     """Called by every backward op; None if its backend is gone, and all that is left is exact skipping."""
     runtime = _runtimes.get(token[0])
-    return None if runtime is None else runtime.find((token[0], token[1], token[2]), number)
+    return None if runtime is None else runtime.find(_token(token), number)
+
+
+def _token(numbers: Sequence[int]) -> Token:
+    runtime, graph, lane, forward = numbers
+    return runtime, graph, lane, forward

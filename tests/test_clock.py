@@ -9,7 +9,7 @@ import torch
 from reference import MLP, square_loss
 from torch import nn
 
-from sparse_compile import Reuse, Schedule, sparse_backend
+from sparse_compile import Reuse, Sample, Schedule, sparse_backend
 
 PHASED = Schedule(linear=Reuse([(0.0, 0.0), (0.5, 0.5)]), total_steps=10)
 
@@ -231,6 +231,27 @@ def test_many_backwards_without_a_step_warn_once():
         "100 backwards and no step of a torch.optim optimizer: the schedule stays at step 0. With an "
         "optimizer of another kind, set `backend.step` after each step."
     ]
+
+
+def test_a_step_that_is_set_ends_the_one_before():
+    """With an optimizer of another kind the adaptive controller decides just as often."""
+    run = Training(Schedule(linear=Sample.adaptive(cal_var_freq=2)))
+    for done in range(5):
+        for _ in range(2):
+            run.backward()
+        run.backend.step = done + 1
+        run.backend.step = done + 1
+    assert [entry["step"] for entry in run.backend.report().history] == [0, 2, 4]
+    run.backend.step = 9  # no backward belongs to these
+    assert len(run.backend.report().history) == 3
+
+
+def test_an_adaptive_schedule_waits_for_steps():
+    run = Training(Schedule(linear=Sample.adaptive()))
+    for _ in range(99):
+        run.backward()
+    with pytest.warns(UserWarning, match="set `backend.step` after each step"):
+        run.backward()
 
 
 @pytest.mark.parametrize("how", ["no phases", "step set", "optimizer steps"])

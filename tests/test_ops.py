@@ -147,7 +147,7 @@ def test_begin_without_a_backend() -> None:
 def test_token_of_a_backend_that_is_gone() -> None:
     """The runtime's id is never given again, so that an old token cannot reach another's sites."""
     dy, x, w = tensors()
-    rows, index, _ = linear_backward(torch.tensor([10**9, 3, 0]), dy, x, w, 7, 1, False)
+    rows, index, _ = linear_backward(torch.tensor([10**9, 3, 0, 0]), dy, x, w, 7, 1, False)
     torch.testing.assert_close(rows[index], dy @ w)
 
 

@@ -66,6 +66,18 @@ def test_a_goal_that_is_missed_is_none_and_without_rounds_there_is_no_clock(tmp_
     assert summary["speedup"] is summary["at_equal_time"] is summary["time_to_dense"] is None
 
 
+def test_steps_that_measure_are_counted(tmp_path: Path) -> None:
+    seconds = [1.0] * 20
+    seconds[3] = 1.5  # step 4
+    history = [{"step": 0}, {"step": 4}, {"step": 20}, {"step": 40}]
+    assert quality.probing(history, seconds) == pytest.approx(0.5 / 20)
+    assert quality.probing([], seconds) == 0.0
+    curves = {"dense": [[0.6, 0.8]], "vcas": [[0.6, 0.7]]}
+    found = made_up(tmp_path / "x.json", "accuracy", curves, {"dense": [3.0], "vcas": [1.0]})
+    found.data["runs"][1]["probing"] = 0.5
+    assert quality.summarise(found, "vcas")["speedup"] == pytest.approx(2.0)
+
+
 # --- the command line's methods ----------------------------------------------------------------------------
 
 

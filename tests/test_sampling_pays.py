@@ -47,6 +47,18 @@ def test_where_it_saves_time_it_is_done(share: float, width: int) -> None:
     assert site.counters.rows_computed == round(share * 256)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
+def test_an_activation_that_is_not_finite_reaches_the_gradient(bad: float) -> None:
+    """A GradScaler skips the step then. The row has no gradient of its own: 0 · inf is not a number, either.
+    (3e38 is finite, and its norm is not.)"""
+    site, phase = LinearSite("layer", seed=1), Schedule(linear=Sample(0.5)).at(0)
+    dy, x = torch.randn(32, 4), torch.full((32, 4), 1.0)
+    x[3], dy[3] = bad, 0 if bad != 3e38 else 4
+    _, dw = site.linear_backward(dy, x, None, tokens=4, dw_transposed=False, phase=phase)
+    assert dw is not None
+    assert not bool(dw.isfinite().all())
+
+
 @pytest.mark.parametrize(("dead", "method"), [(0.0, "adaptive"), (0.8, "exact")])
 def test_rows_that_are_zero_anyhow_are_nothing_that_sampling_saves(dead: float, method: str) -> None:
     """Half of all rows would pay, and half of a fifth does not."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import MLP, square_loss
 
-from sparse_compile import Reuse, Schedule, sparse_backend
+from sparse_compile import Reuse, Sample, Schedule, sparse_backend
 
 SCHEDULES = {
     "row": Schedule(linear=Reuse(0.7)),
@@ -14,6 +14,7 @@ SCHEDULES = {
     "refreshed every 4": Schedule(linear=Reuse(0.7, source="sample", refresh_every=4)),
     "phases": Schedule(linear=Reuse([(0.5, 0.0), (0.9, 0.5)]), total_steps=6),
     "exact": Schedule.exact(),
+    "drawn rows": Schedule(linear=Sample(0.5)),
 }
 
 
@@ -67,6 +68,7 @@ def test_resumed_run_equals_the_uninterrupted_one(name, used, tmp_path):
     resumed.train(3, 6)
     assert torch.equal(resumed.weights(), whole.weights())
     assert resumed.backend.step == 6
+    assert resumed.backend.report().totals == whole.backend.report().totals  # since the start
 
 
 @pytest.mark.parametrize("name", ["row", "sampled elements"])

@@ -136,6 +136,30 @@ def test_a_second_backward_of_one_forward_looks_for_itself():
     torch.testing.assert_close(found, {name: 2 * gradient for name, gradient in eager(model).items()})
 
 
+def test_a_second_backward_does_not_take_the_rows_of_a_newer_forward():
+    """The first has given its place back, and the newer forward needs other rows."""
+    model, (x, shown) = Net(), batch()
+    x.requires_grad_()  # so that rows are left out within each linear
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    compiled = torch.compile(model, backend=backend)
+    expected, found = eager(model), []
+    with torch._functorch.config.patch(donated_buffer=False):
+        loss = compiled(x, shown)
+        loss.backward(retain_graph=True)
+        newer = compiled(x, shown.flip(1))
+        model.zero_grad()
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+        newer.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert ops(backend) == 2
+    torch.testing.assert_close(found[0], expected)
+    model.zero_grad()
+    model(x, shown.flip(1)).backward()
+    torch.testing.assert_close(found[1], {name: p.grad.clone() for name, p in model.named_parameters()})
+
+
 def test_without_a_backward_nothing_is_counted():
     backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
     compiled = torch.compile(Net(), backend=backend)

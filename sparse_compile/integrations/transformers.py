@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ class SparseCompileCallback(transformers.TrainerCallback):
     With a monitor, also the means over the sites at its last measurement: ``cosine/dW`` and
     ``relative_error/dW``, the same for the other gradients, and ``energy_kept``.
 
-    A run that resumes from a checkpoint of the Trainer's takes the backend's state from it, if it is there.
-    Each rank of a distributed run has a state of its own, and a file.
+    A run that resumes from a checkpoint of the Trainer's takes the backend's state from it; if there is none,
+    the schedule goes on at the Trainer's step, with a warning. Each rank of a distributed run has a state
+    of its own, and a file.
     """
 
     def __init__(self, backend: SparseBackend) -> None:
@@ -52,13 +54,21 @@ class SparseCompileCallback(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:  # the Trainer has resumed, and its checkpoint is of that step
             # A rank that the run did not have before goes on from the first one's clock.
-            for path in (_state_file(args, state, args.process_index), _state_file(args, state, 0)):
+            names = _file_name(args.process_index), _file_name(0)
+            for path in [folder / name for folder in _checkpoints(args, state) for name in names]:
                 if path.exists():
                     self.backend.load_state_dict(torch.load(path, weights_only=True))
-                    break
+                    return
+            self.backend.step = state.global_step
+            warnings.warn(
+                f"No {names[0]} in {_checkpoints(args, state)[0]}: the schedule goes on at step "
+                f"{state.global_step}, and all else that the backend remembers starts anew. If the file is "
+                "in another folder, name that in TrainingArguments.resume_from_checkpoint.",
+                stacklevel=2,
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        torch.save(self.backend.state_dict(), _state_file(args, state, args.process_index))
+        torch.save(self.backend.state_dict(), _checkpoint(args, state) / _file_name(args.process_index))
 
     def numbers(self) -> dict[str, float]:
         """What is logged, by name."""
@@ -71,7 +81,16 @@ class SparseCompileCallback(transformers.TrainerCallback):
         return numbers | report.measurements.last()
 
 
-def _state_file(args: Any, state: Any, rank: int) -> Path:
+def _file_name(rank: int) -> str:
     """`sparse_compile.pt` of rank 0, `sparse_compile_1.pt` of rank 1, …"""
-    name = STATE_FILE if rank == 0 else STATE_FILE.replace(".pt", f"_{rank}.pt")
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
+    return STATE_FILE if rank == 0 else STATE_FILE.replace(".pt", f"_{rank}.pt")
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _checkpoints(args: Any, state: Any) -> list[Path]:
+    """Where a run may have resumed from. (`Trainer.train` does not tell a callback what it was given.)"""
+    named = args.resume_from_checkpoint
+    return [*([Path(named)] if isinstance(named, str) else []), _checkpoint(args, state)]

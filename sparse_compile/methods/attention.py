@@ -93,8 +93,8 @@ def draw_rows(do: Tensor, keep: float, clip: float | None, draw: sample.Draw) ->
     if not bool(norms.sum().isfinite()):
         return None
     drawn = sample.rows(norms, number_kept(keep, b * t), clip, draw)
-    weights = norms.new_zeros(b * t, dtype=do.dtype)
-    weights[drawn.kept] = 1 if drawn.scale is None else drawn.scale.to(do.dtype)
+    weights = torch.zeros_like(norms)
+    weights[drawn.kept] = 1 if drawn.scale is None else drawn.scale.to(norms.dtype)
     return weights.view(b, t), len(norms) - int(norms.count_nonzero())
 
 
