@@ -199,8 +199,8 @@ def slim(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def probing(history: list[dict[str, Any]], seconds: list[float]) -> float:
-    """What steps that measure take beyond their neighbours, as a share of the rest of the run. Alternating steps
-    are too few to show it. `seconds` begin at step 1, since step 0 compiles."""
+    """What steps that measure take beyond their neighbours, as a share of the rest of the run. Alternating
+    steps are too few to show it. `seconds` begin at step 1, since step 0 compiles."""
     measured = [entry["step"] - 1 for entry in history if 0 < entry["step"] <= len(seconds)]
     extra = sum(seconds[at] - statistics.median(seconds[max(0, at - 5) : at + 6]) for at in measured)
     return extra / (sum(seconds) - extra)
