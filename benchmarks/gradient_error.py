@@ -7,8 +7,12 @@ linear are recorded. Each estimator then draws its gradient many times from the 
     SGD         the variance of G itself over batches (methods/vcas.py), which both are to be held against
 
 `top` keeps the largest rows as they are, `clip=c` caps the weights at c, `unbiased` has no cap, `flips` draws
-by independent coin flips (VCAS), `in order` reads the rows in the order of the tokens, not in a random one,
-and `residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse.
+by independent coin flips (VCAS), `in order` reads the rows in the order of the tokens, not in a random one.
+`residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse; `fitted` does
+so with the multiple of that mean which is nearest to dY. The last column says in how many layers the sum is
+below that of `unbiased`.
+
+`--preset shakespeare` is the pretraining of quality.py: a small GPT, from random weights.
 """
 
 from __future__ import annotations
@@ -22,16 +26,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from presets import PRESETS, Batch
+from quality_tasks import shakespeare_batches
 from results import context, write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from sparse_compile.methods import reuse, sample, vcas
 from sparse_compile.methods.rows import number_kept
 
+ALLOWED = (*PRESETS, "shakespeare")
 CLIPS = (1.5, 2.0, 3.0, 5.0)
 
 console = Console()
@@ -57,7 +64,7 @@ class Recorder:
         self._inputs: dict[nn.Module, Tensor] = {}
         self._bases: dict[nn.Module, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight.numel() >= 2**14:
+            if isinstance(module, nn.Linear | Conv1D) and module.weight.numel() >= 2**14:
                 module.register_forward_hook(self._forward)
                 module.register_full_backward_hook(self._backward)
 
@@ -89,6 +96,7 @@ def estimators() -> dict[str, Estimator]:
         "in order": lambda r, k, draw: _sampled(r, k, draw, shuffle=False),
         "flips": _flips,
         "residual": _residual,
+        "fitted": lambda r, k, draw: _residual(r, k, draw, fitted=True),
     }
 
 
@@ -131,17 +139,19 @@ def _flips(record: Record, k: int, draw: sample.Draw) -> Tensor:
     return _product(record.dy, record.x, kept, 1 / p[kept])
 
 
-def _residual(record: Record, k: int, draw: sample.Draw) -> Tensor:
+def _residual(record: Record, k: int, draw: sample.Draw, fitted: bool = False) -> Tensor:
     tiled = record.base.repeat(len(record.dy) // record.tokens, 1)
     live = (record.dy != 0).any(1, keepdim=True)
     tiled = tiled * live
+    if fitted:
+        tiled = tiled * ((tiled * record.dy).sum() / tiled.square().sum())
     rest = Record(x=record.x, dy=record.dy - tiled, base=record.base, tokens=record.tokens)
     return tiled.t() @ record.x + _sampled(rest, k, draw)
 
 
 @app.command()
 def main(
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "minilm-reviews",
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOWED)}.")] = "minilm-reviews",
     keeps: Annotated[str, typer.Option(help="Shares of the rows, separated by commas.")] = "0.1,0.25",
     at: Annotated[str, typer.Option(help="Steps at which to record, separated by commas.")] = "5,40",
     draws: Annotated[int, typer.Option(min=2, help="Draws of each estimator.")] = 24,
@@ -149,31 +159,38 @@ def main(
     json_out: Annotated[Path | None, typer.Option("--json", help="Results file.")] = None,
 ) -> None:
     """Bias and variance of sampled weight gradients, as a share of SGD's own variance."""
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"--preset {preset!r}; allowed are {', '.join(PRESETS)}.")
+    if preset not in ALLOWED:
+        raise typer.BadParameter(f"--preset {preset!r}; allowed are {', '.join(ALLOWED)}.")
     try:
         shares = [float(part) for part in keeps.split(",")]
         steps = sorted(int(part) for part in at.split(","))
     except ValueError as error:
         raise typer.BadParameter(f"--keeps and --at are numbers separated by commas: {error}.") from error
     torch.manual_seed(0)
-    chosen = PRESETS[preset]
+    if preset in PRESETS:
+        chosen = PRESETS[preset]
+        model, batches = chosen.model(), chosen.batches(chosen, steps[-1] + 1, 0)
+    else:
+        model, batches = shakespeare_batches(steps[-1] + 1)
     table = Table(box=box.SIMPLE_HEAD, title=f"{preset}: share of SGD's variance", pad_edge=False)
     for heading in ("step", "keep", "estimator"):
         table.add_column(heading)
-    for heading in ("bias²", "variance", "sum"):
+    for heading in ("bias²", "variance", "sum", "layers below"):
         table.add_column(heading, justify="right")
     found = []
-    for step, records in _record(chosen.model(), chosen.batches(chosen, steps[-1] + 1, 0), steps, lr):
+    for step, records in _record(model, batches, steps, lr):
         sgd = sum(_sgd_variance(record) for record in records)
         for share in shares:
-            for name, estimator in tqdm(estimators().items(), desc=f"step {step}, keep {share}", leave=False):
-                bias, variance = (e / sgd for e in _errors(records, share, estimator, draws))
-                found.append(
-                    {"step": step, "keep": share, "estimator": name, "bias": bias, "variance": variance}
-                )
-                numbers = (f"{value:.3f}" for value in (bias, variance, bias + variance))
-                table.add_row(str(step), f"{share:g}", name, *numbers)
+            bar = tqdm(estimators().items(), desc=f"step {step}, keep {share}", leave=False)
+            errors = {name: _errors(records, share, estimator, draws) for name, estimator in bar}
+            for name, of_layers in errors.items():
+                bias, variance = (sum(part) / sgd for part in zip(*of_layers, strict=True))
+                pairs = zip(of_layers, errors["unbiased"], strict=True)
+                below = sum(sum(ours) < sum(unbiased) for ours, unbiased in pairs)
+                numbers = {"bias": bias, "variance": variance, "below": below, "layers": len(records)}
+                found.append({"step": step, "keep": share, "estimator": name, **numbers})
+                texts = (f"{value:.3f}" for value in (bias, variance, bias + variance))
+                table.add_row(str(step), f"{share:g}", name, *texts, f"{below} of {len(records)}")
     console.print(table)
     path = json_out or Path(__file__).parent / "results" / f"gradient_error_{preset}.json"
     run = {"preset": preset, "draws": draws, "lr": lr}
@@ -205,9 +222,11 @@ def _sgd_variance(record: Record) -> float:
     return vcas.sgd_variance(vcas.sample_squares(dy, x), total)
 
 
-def _errors(records: list[Record], share: float, estimator: Estimator, draws: int) -> tuple[float, float]:
-    """(bias², variance), summed over the records; the bias less what the variance adds to its estimate."""
-    bias = variance = 0.0
+def _errors(
+    records: list[Record], share: float, estimator: Estimator, draws: int
+) -> list[tuple[float, float]]:
+    """(bias², variance) of each record; the bias less what the variance adds to its estimate."""
+    found = []
     for number, record in enumerate(records):
         truth = record.dy.t() @ record.x
         k = number_kept(share, len(record.dy))
@@ -219,9 +238,8 @@ def _errors(records: list[Record], share: float, estimator: Estimator, draws: in
             squares.append(float((estimate - truth).square().sum()))
         error = statistics.fmean(squares)  # bias² + variance
         spread = max(0.0, error - float((mean - truth).square().sum())) * draws / (draws - 1)
-        variance += spread
-        bias += max(0.0, error - spread)
-    return bias, variance
+        found.append((max(0.0, error - spread), spread))
+    return found
 
 
 if __name__ == "__main__":

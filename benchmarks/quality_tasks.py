@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # scr
 
 import _finetuning
 import _pretraining
+import torch
 from _download import DataError
 from _results import BASELINE as DENSE
 from _runs import CompiledTrainer, Run, Variant, interleave, quieten
@@ -95,10 +96,17 @@ def reviews(
     return Task(name=f"reviews_{padding}", goal="accuracy", settings=settings, train=train)
 
 
-def shakespeare(*, steps: int, batch_size: int, length: int, lr: float, layers: int, hidden: int) -> Task:
-    """Pretrain a small GPT on the bytes of Shakespeare's works, each byte from those before it."""
+def shakespeare_batches(count: int) -> tuple[Any, list[dict[str, Any]]]:
+    """The GPT of the pretraining task at its usual sizes, and its first batches."""
     ids = tokenise(load_shakespeare(DATA), BYTES + 1, DATA)
-    recipe = _pretraining.Recipe(
+    recipe = _gpt(steps=count, batch_size=16, length=128, lr=1e-3, layers=4, hidden=128)
+    windows = _pretraining.Windows(ids, recipe, count * recipe.batch_size, 0)
+    loader = torch.utils.data.DataLoader(windows, batch_size=recipe.batch_size)
+    return _pretraining.make_model(recipe, ids.vocabulary).train(), list(loader)
+
+
+def _gpt(*, steps: int, batch_size: int, length: int, lr: float, layers: int, hidden: int) -> Any:
+    return _pretraining.Recipe(
         causal=True,
         steps=steps,
         batch_size=batch_size,
@@ -110,6 +118,12 @@ def shakespeare(*, steps: int, batch_size: int, length: int, lr: float, layers: 
         learning_rate=lr,
         evaluations=10,
     )
+
+
+def shakespeare(*, steps: int, batch_size: int, length: int, lr: float, layers: int, hidden: int) -> Task:
+    """Pretrain a small GPT on the bytes of Shakespeare's works, each byte from those before it."""
+    ids = tokenise(load_shakespeare(DATA), BYTES + 1, DATA)
+    recipe = _gpt(steps=steps, batch_size=batch_size, length=length, lr=lr, layers=layers, hidden=hidden)
     held_out = _pretraining.held_out_windows(ids, recipe)[:: max(1, len(ids.held_out) // length // 512)]
 
     def train(entry: Entry, seed: int) -> tuple[Run, CompiledTrainer]:

@@ -23,7 +23,7 @@ from sparse_compile.methods.sample import Draw
 
 SAMPLES, TOKENS = 4, 6
 N = SAMPLES * TOKENS
-UNBIASED = ["unbiased", "in order", "flips", "residual"]
+UNBIASED = ["unbiased", "in order", "flips", "residual", "fitted"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_the_mean_of_many_draws_is_the_gradient(name: str) -> None:
 def test_a_cap_is_between_the_top_rows_and_no_cap() -> None:
     found, k, draws = record(), 6, 400
     errors = {
-        name: gradient_error._errors([found], k / N, estimators()[name], draws)
+        name: gradient_error._errors([found], k / N, estimators()[name], draws)[0]
         for name in ("top", "clip=1.5", "clip=3", "unbiased")
     }
     biases, variances = zip(*errors.values(), strict=True)
@@ -115,14 +115,17 @@ def test_a_cap_is_between_the_top_rows_and_no_cap() -> None:
 
 def test_bias_and_variance_of_estimators_whose_own_are_known() -> None:
     records = [record(), record()]
-    whole = sum(float(truth(each).square().sum()) for each in records)
-    half = gradient_error._errors(records, 0.5, lambda r, k, draw: 0.5 * truth(r), 8)
-    assert half == pytest.approx((0.25 * whole, 0.0), abs=1e-9 * whole)
+    whole = [float(truth(each).square().sum()) for each in records]
+    for each, half in zip(
+        whole, gradient_error._errors(records, 0.5, lambda r, k, draw: 0.5 * truth(r), 8), strict=True
+    ):
+        assert half == pytest.approx((0.25 * each, 0.0), abs=1e-9 * each)
 
     signs = itertools.cycle([1.1, 0.9])
     noisy = gradient_error._errors(records, 0.5, lambda r, k, draw: next(signs) * truth(r), 8)
     # Each draw is off by a tenth; of 8 values the spread around their mean is 8 / 7 of that.
-    assert noisy == pytest.approx((0.0, 0.01 * whole * 8 / 7), rel=1e-9, abs=1e-9 * whole)
+    for each, found in zip(whole, noisy, strict=True):
+        assert found == pytest.approx((0.0, 0.01 * each * 8 / 7), rel=1e-9, abs=1e-9 * each)
 
 
 # The command
@@ -157,6 +160,10 @@ def test_the_command_writes_all_estimators_at_all_steps(
         assert rows[step, 0.2, "top"]["bias"] > 0.01
         assert rows[step, 0.2, "unbiased"]["variance"] > 0.01
         assert rows[step, 1.0, "unbiased"]["variance"] < 1e-6
+        assert rows[step, 0.2, "unbiased"]["below"] == 0
+        layers = rows[step, 0.2, "clip=1.5"]["layers"]
+        assert layers > 0
+        assert 0 < rows[step, 0.2, "clip=1.5"]["below"] <= layers
 
 
 @pytest.mark.parametrize(
