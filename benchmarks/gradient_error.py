@@ -8,9 +8,9 @@ linear are recorded. Each estimator then draws its gradient many times from the 
 
 `top` keeps the largest rows as they are, `clip=c` caps the weights at c, `unbiased` has no cap, `flips` draws
 by independent coin flips (VCAS), `in order` reads the rows in the order of the tokens, not in a random one.
-`residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse; `fitted` does
-so with the multiple of that mean which is nearest to dY. The last column says in how many layers the sum is
-below that of `unbiased`.
+`residual` samples dY less the batch mean of an earlier step, which is added back: unbiased reuse; `fitted`
+does so with the multiple of that mean which is nearest to dY. The last column says in how many layers the sum
+is below that of `unbiased`.
 
 `--preset shakespeare` is the pretraining of quality.py: a small GPT, from random weights.
 """

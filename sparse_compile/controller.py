@@ -104,6 +104,11 @@ class Controller:
         setting = self.blocks or self.linear
         return setting is not None and step % (setting.cal_var_freq << self._doublings) == 0
 
+    def saw_nothing(self, step: int) -> bool:
+        """Whether measurements were due before this step, and none of them saw a gradient that it could use."""
+        setting = self.blocks or self.linear
+        return setting is not None and step > setting.cal_var_freq and not self.history
+
     def saved(self, flops: float) -> None:
         """A linear computes so much less in this step because of its share."""
         self._saved += flops

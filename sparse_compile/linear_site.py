@@ -193,6 +193,8 @@ class LinearSite(Site):
         return 1.0 if self.rotated is None else self.rotated.density
 
     def note(self, phase: Phase) -> str:
+        if self.controller.saw_nothing(phase.step):
+            return "nothing was measured: no batch had two samples or more, of as many rows each"
         if phase.linear is not None and not self.held_back and not self._pays(phase.linear):
             what = "reuse" if isinstance(phase.linear, Reuse) else "sampling"
             return f"{what} would cost more than it saves at this size and share: only zero rows are skipped"

@@ -57,10 +57,10 @@ class Schedule:
     Args:
         linear: the method for linear layers: a `Reuse`, a `Sample`, or `Sample.adaptive()`. None is exact:
             only rows of the output gradient that are exactly zero are skipped.
-        blocks: a `Sample` or `Sample.adaptive()`, for the gradients of whole samples at the ends of the
-            model's repeated blocks: one that is not drawn there is zero in every earlier block. A `keep` is
-            the share that is left behind the first block; behind block i of n (from 0) it is
-            keep^((n - i)/n).
+        blocks: a `Sample` or `Sample.adaptive()`, for the gradients of whole samples (along the first
+            dimension, as in `batch_first` models) at the ends of the model's repeated blocks: one that is not
+            drawn there is zero in every earlier block. A `keep` is the share that is left behind the first
+            block; behind block i of n (from 0) it is keep^((n - i)/n).
         attention: the method for attentions, a `Reuse` or a `Sample`, with a schedule of its own; rows are
             queries there. None is exact, as above. A few rows are computed only where that is faster than
             to compute all of them; else a step is exact.

@@ -1,4 +1,5 @@
-"""VCAS in plain eager PyTorch, written from the paper (Wang et al., ICLR 2024): it shares no line with ours.
+"""VCAS in plain eager PyTorch, written from the paper (Wang et al., ICLR 2024). Of ours it takes the drawing
+itself alone, `sample.systematic`, so that both draw the same.
 
 Algorithm 1: M batches give M gradients, and each batch M more with only the samples drawn (SampleA):
 

@@ -77,6 +77,7 @@ def test_numbers_are_in_every_log_and_trackers_see_them(
     for entry, seen in zip(steps, (log for log in tracker.logs if "loss" in log), strict=True):
         assert 0 < entry["sparse_compile/flops_ratio"] < 1.2  # a measurement takes some, too
         assert entry["sparse_compile/samples/bert.encoder.layer.1"] <= 1
+        assert entry["sparse_compile/rows/bert.encoder.layer.1.output.dense"] <= 1
         assert seen.items() <= entry.items()
         assert "sparse_compile/s" in seen
     assert steps[-1]["sparse_compile/flops_ratio"] == pytest.approx(

@@ -90,6 +90,13 @@ def test_weights_are_capped_as_the_controller_says(
     assert float(found.scale.max()) == pytest.approx(largest, rel=0.15 if cap is None else 1e-6)
 
 
+def test_that_nothing_could_be_measured_is_said() -> None:
+    """As of micro-batches of one sample."""
+    site = LinearSite("layer", seed=1, controller=Controller(SCHEDULE))
+    assert site.note(SCHEDULE.at(100)) == ""
+    assert "no batch had two samples" in site.note(SCHEDULE.at(101))
+
+
 def test_before_anything_was_measured_there_is_nothing_to_explain() -> None:
     site = site_with_share(1.0)
     backward(site, 64)

@@ -24,7 +24,8 @@ class SparseCompileCallback(transformers.TrainerCallback):
 
     Logged are ``sparse_compile/flops_ratio`` (forward and backward of all linears and attentions, as run over
     dense, since the start) and, of the last measurement of adaptive sampling, ``s``, ``sgd_variance``,
-    ``act_variance``, ``weight_variance``, and ``samples/<block>``, the share of samples kept behind it.
+    ``act_variance``, ``weight_variance``, ``samples/<block>``, the share of samples kept behind it, and
+    ``rows/<layer>``, the share of rows that its weight gradient is computed from.
     With a monitor, also the means over the sites at its last measurement: ``cosine/dW`` and
     ``relative_error/dW``, the same for the other gradients, and ``energy_kept``.
 
@@ -78,6 +79,7 @@ class SparseCompileCallback(transformers.TrainerCallback):
             last = report.history[-1]
             numbers |= {name: last[name] for name in ("s", "sgd_variance", "act_variance", "weight_variance")}
             numbers |= {f"samples/{name}": share for name, share in last["sample_shares"].items()}
+            numbers |= {f"rows/{name}": share for name, share in last["row_shares"].items()}
         return numbers | report.measurements.last()
 
 
