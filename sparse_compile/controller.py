@@ -105,7 +105,7 @@ class Controller:
         return setting is not None and step % (setting.cal_var_freq << self._doublings) == 0
 
     def saw_nothing(self, step: int) -> bool:
-        """Whether measurements were due before this step, and none of them saw a gradient that it could use."""
+        """Whether measurements were due before this step, and none saw a gradient that it could use."""
         setting = self.blocks or self.linear
         return setting is not None and step > setting.cal_var_freq and not self.history
 

@@ -13,7 +13,6 @@ from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
-from sparse_compile.phases import parse_n_m
 from sparse_compile.rotation import RotatedWeight
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
@@ -276,7 +275,7 @@ class LinearSite(Site):
         else:
             live = exact.live_rows(dy)
             zero = 0 if live is None else len(dy) - int(live.sum())
-            estimates = _reuse_estimates(dy, base, method, live)
+            estimates = reuse.estimates(dy, base, method, live)
         self._memory.renew(
             use,
             dy,
@@ -397,21 +396,3 @@ class LinearSite(Site):
 
 def _is_exact(estimate: Estimate, dy: Tensor) -> bool:
     return estimate.exact if isinstance(estimate, Rows) else estimate is dy
-
-
-def _reuse_estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | None) -> Estimates:
-    ratio = method.phases[0][0]
-    if method.granularity == "element":
-        estimate = reuse.elements(dy, base, method.keep, live)
-        return estimate, estimate
-    if isinstance(ratio, str):
-        n, m = parse_n_m(ratio)
-        return (
-            reuse.n_of_m(dy, base, n, m, live, dim=1),
-            reuse.n_of_m(dy, base, n, m, live, dim=0),
-        )
-    rows = reuse.rows(dy, base, method.keep, live)
-    if rows.computed > kernel.DENSE_SHARE * len(dy):
-        estimate = rows.dense(dy)
-        return estimate, estimate
-    return rows, rows

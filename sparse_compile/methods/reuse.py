@@ -20,7 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.methods.rows import Rows, number_kept
+from sparse_compile.kernels import linear as kernel
+from sparse_compile.methods.rows import Estimate, Rows, number_kept
+from sparse_compile.phases import parse_n_m
+from sparse_compile.settings.reuse import Reuse
 
 
 def next_base(dy: Tensor, tokens: int, sample: int | None) -> Tensor:
@@ -103,3 +106,28 @@ def largest_of_neighbours(size: Tensor, n: int, m: int) -> Tensor:
 
 def _masked(values: Tensor, live: Tensor | None) -> Tensor:
     return values if live is None else torch.where(live.unsqueeze(1), values, torch.zeros_like(values))
+
+
+def estimates(dy: Tensor, base: Tensor, method: Reuse, live: Tensor | None) -> tuple[Estimate, Estimate]:
+    """dY as the schedule wants it estimated, for dX and for dW; by rows only where those are few.
+
+    Args:
+        dy: [N, O].
+        base: [T, O].
+        live: bool [N], the rows that are not zero; None if none is.
+    """
+    ratio = method.phases[0][0]
+    if method.granularity == "element":
+        estimate = elements(dy, base, method.keep, live)
+        return estimate, estimate
+    if isinstance(ratio, str):
+        n, m = parse_n_m(ratio)
+        return (
+            n_of_m(dy, base, n, m, live, dim=1),
+            n_of_m(dy, base, n, m, live, dim=0),
+        )
+    few = rows(dy, base, method.keep, live)
+    if few.computed > kernel.DENSE_SHARE * len(dy):
+        estimate = few.dense(dy)
+        return estimate, estimate
+    return few, few
