@@ -29,10 +29,10 @@ def draw(
     panels = figure.subplots(1, 1 + clock, sharey=True, squeeze=False)[0]
     left, right = panels[0], panels[-1]
     for number, (name, seeds) in enumerate(curves.items()):
-        colour, speed = COLOURS[number % len(COLOURS)], speeds[name]
-        _line(left, seeds, 1.0, colour, name)
-        if speed is not None:
-            _line(right, seeds, speed, colour, f"{name} ({speed:.2f}×)")
+        colour, dash = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+        _line(left, seeds, 1.0, colour, dash, name)
+        if (speed := speeds[name]) is not None:
+            _line(right, seeds, speed, colour, dash, f"{name} ({speed:.2f}×)")
     left.set_ylabel(f"held-out {goal}")
     right.set_xlabel("wall-clock, in dense steps")
     left.set_xlabel("steps")
@@ -44,11 +44,13 @@ def draw(
     figure.savefig(path, dpi=150)
 
 
-def _line(axes: Axes, seeds: Sequence[Curve], speed: float, colour: str, label: str) -> None:
+def _line(axes: Axes, seeds: Sequence[Curve], speed: float, colour: str, dash: str, label: str) -> None:
     across = [step / speed for step, _ in seeds[0]]
     values = [[y for _, y in points] for points in zip(*seeds, strict=True)]
     means = [statistics.fmean(group) for group in values]
-    axes.plot(across, means, color=colour, label=label, marker="o", markersize=3, linewidth=1.6)
+    axes.plot(
+        across, means, color=colour, label=label, linestyle=dash, marker="o", markersize=3, linewidth=1.6
+    )
     if len(seeds) > 1:
         spread = [statistics.stdev(group) for group in values]
         low = [mean - s for mean, s in zip(means, spread, strict=True)]
