@@ -31,6 +31,8 @@ class BlockSite(Site):
         """
         self.shape = tuple(squares.shape)
         self.method = "exact"
+        # One number a sample: a GPU is waited for once, and all else is done by the host.
+        device, squares = squares.device, squares.cpu()
         live = computed = int(squares.count_nonzero())
         weights = torch.ones_like(squares)
         setting = None if phase is None else phase.blocks
@@ -56,7 +58,7 @@ class BlockSite(Site):
         self.counters.rows += len(squares)
         self.counters.rows_zero += len(squares) - live
         self.counters.rows_computed += computed
-        return weights
+        return weights.to(device)
 
     def keep(self, phase: Phase) -> float:
         """The share of the samples that goes on. A fixed K means K^((n − i)/n) behind block i of n (from 0):

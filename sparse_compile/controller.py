@@ -149,7 +149,7 @@ class Controller:
             return 0.0
         dtype = wide(dy.dtype)
         dy, x, dw = dy.to(dtype), x.to(dtype), dw.to(dtype)
-        squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1))
+        squares = vcas.sample_squares(dy.view(samples, tokens, -1), x.view(samples, tokens, -1)).cpu()
         total = float(dw.square().sum())
         if not math.isfinite(total) or not bool(squares.isfinite().all()):
             # An overflow under mixed precision, whose step will be skipped.

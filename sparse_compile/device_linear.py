@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import choice, on_device, semi_structured, triton
 from sparse_compile.kernels import linear as aten
+from sparse_compile.later import Later
 from sparse_compile.looks import LaterLooks
 from sparse_compile.methods import on_device as methods
 from sparse_compile.methods.rows import Estimate, Neighbours, Rows, number_kept
@@ -73,6 +74,7 @@ class DeviceLinear:
             Callable[[], object]
         ] = []  # what chose rows in this backward, if it is to be timed
         self._tally = Tally()
+        self._live: Later | None = None
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 
     def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
@@ -149,6 +151,13 @@ class DeviceLinear:
         norms, live = measure()
         self._tally.zero = self._tally.zero + (len(dy) - live.sum())
         return norms
+
+    def live(self, norms: Tensor) -> int:
+        """How many rows were not zero in the backward before, and at most all of these; of the first one the
+        host waits for the count. (An adaptive share is of those rows: one that lags behind draws a few more
+        or less, as unbiased.)"""
+        last, self._live = self._live, Later(norms.count_nonzero())
+        return min(len(norms), (last or self._live).read())
 
     def draw(self, scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
         """k rows drawn at random by ``scores`` [N]; see ``methods/sample.py``."""

@@ -303,7 +303,7 @@ class LinearSite(Site):
         self._draws += 1
         if isinstance(method, Adaptive):
             if self._device is not None:
-                live = int(norms.count_nonzero())  # the one count that a GPU is waited for
+                live = self._device.live(norms)
             k, gradients = number_kept(self._share(method), live), "weight"
             self.controller.saved(2.0 * (live - k) * self.shape[1] * self.shape[2])
             clip = self.controller.cap(self.name)

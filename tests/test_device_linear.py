@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from sparse_compile import Reuse, Sample, Schedule, device_linear, sparse_backend
 from sparse_compile.clock import Clock
+from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.runtime import NO_TOKEN
@@ -101,6 +102,13 @@ def test_zero_rows_are_counted_once_where_one_gradient_is_sampled(
     ours.site.settle()
     assert ours.site.counters.rows_zero == 3 * N // 2
     assert ours.site.counters.rows_computed == 3 * N // 2
+
+
+def test_an_adaptive_share_is_of_the_rows_of_the_backward_before() -> None:
+    """So that nobody waits for the present count."""
+    kept = DeviceLinear()
+    rows = [torch.arange(8) < alive for alive in (5, 3, 7)] + [torch.ones(6)]
+    assert [kept.live(norms.float()) for norms in rows] == [5, 5, 3, 6]
 
 
 def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:
