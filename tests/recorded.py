@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
+from reference_vcas import ToyBlock
+from torch import nn
 
 from sparse_compile.controller import Controller
 from sparse_compile.methods import sample
@@ -51,6 +54,52 @@ class Recorded:
             for name in reversed(WEIGHTS):
                 if name.startswith(block):
                     observe(controller, name, *self.linears[name])
+
+
+class OfTraining(Recorded):
+    """The same of a step in which a model was trained: attributes as above, filled by hooks."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.norms, self.linears = {}, {}
+
+
+def training(steps: int) -> Iterator[OfTraining]:
+    """Three blocks and a head learn the mean of a sample's tokens, the last of which is padding. Some samples
+    matter more than others."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layers = [ToyBlock() for _ in BLOCKS]
+    model = nn.Sequential(*layers, nn.Linear(6, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    named = {
+        f"layer.{i}.{name}": getattr(layer, name) for i, layer in enumerate(layers) for name in ("up", "down")
+    }
+    inputs: dict[str, torch.Tensor] = {}
+    seen = OfTraining(0)
+
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _, x, __: inputs.update({name: x[0].detach().flatten(0, 1)}))
+        module.register_full_backward_hook(
+            lambda _, __, dy: seen.linears.update({name: (dy[0].flatten(0, 1), inputs[name])})
+        )
+
+    for name, module in {**named, "head": model[-1]}.items():
+        watch(name, module)
+    for name, layer in zip(BLOCKS, layers, strict=True):
+        layer.register_full_backward_hook(
+            lambda _, __, dy, name=name: seen.norms.update({name: dy[0].flatten(1).norm(dim=1)})
+        )
+    for step in range(steps):
+        seen = OfTraining(step)
+        x = torch.randn(BATCH, TOKENS, 6, generator=generator, dtype=F64).requires_grad_()
+        scale = torch.randn(BATCH, 1, 1, generator=generator, dtype=F64).exp()
+        error = model(x)[:, :-1] - x.detach()[:, :-1, :4].mean(1, keepdim=True)
+        optimizer.zero_grad()
+        (scale * error).square().mean().backward()
+        optimizer.step()
+        seen.head = seen.linears.pop("head")
+        yield seen
 
 
 def observe(controller: Controller, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:

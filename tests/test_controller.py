@@ -6,7 +6,7 @@ import math
 import pytest
 import reference_vcas as reference
 import torch
-from recorded import BATCH, BLOCKS, F64, TOKENS, WEIGHTS, Recorded, count, observe, per_item
+from recorded import BATCH, BLOCKS, F64, TOKENS, WEIGHTS, Recorded, count, observe, per_item, training
 
 from sparse_compile import Sample, Schedule, sparse_backend
 from sparse_compile.controller import Controller
@@ -47,7 +47,10 @@ def decisions(controller: Controller) -> dict[str, float]:
     }
 
 
-def test_decisions_are_those_of_the_paper_over_many_measurements():
+@pytest.mark.parametrize(
+    "source", [lambda steps: map(Recorded, range(steps)), training], ids=["drawn", "training"]
+)
+def test_decisions_are_those_of_the_paper_over_many_measurements(source):
     """Large steps, so that s and the shares go down, and up again."""
     settings = {"act_tau": 0.1, "weight_tau": 0.1, "s_step": 0.05, "ratio_step": 0.8, "smoothing": 0.6}
     controller = Controller(Schedule.vcas(cal_var_freq=1, **settings))
@@ -55,9 +58,8 @@ def test_decisions_are_those_of_the_paper_over_many_measurements():
     paper.act_tau = paper.weight_tau = 0.1
     paper.alpha, paper.beta, paper.smoothing = 0.05, 0.8, 0.6
     directions = set()
-    for step in range(30):
+    for step, seen in enumerate(source(30)):
         before = controller.s, controller.row_share("layer.1.up")
-        seen = Recorded(step)
         seen.show(controller)
         controller.end_of_step(step)
         v_sgd, v_act, v_rows = update(paper, seen)
