@@ -202,5 +202,5 @@ def test_begin_is_the_forwards_first_op_and_stays_there() -> None:
     first = next(node for node in found.graph.nodes if node.op == "call_function")
     assert first.target is torch.ops.sparse_compile.begin.default
     assert first.meta["partitioner_tag"] == "must_be_in_forward"
-    assert (first.meta["val"].shape, first.meta["val"].dtype) == ((3,), torch.int64)
+    assert (first.meta["val"].shape, first.meta["val"].dtype) == ((4,), torch.int64)
     assert [op.args[0] for op in found.ops] == [first]

@@ -154,7 +154,7 @@ def test_without_its_backend_a_gradient_is_not_lost_in_silence():
     op = torch.ops.sparse_compile.linear_backward.default
     dy, x, w = torch.randn(4, 3), torch.randn(4, 5), torch.randn(3, 5)
     with pytest.raises(RuntimeError, match="the model or backend that its graph was compiled for is gone"):
-        op(torch.tensor([10**9, 0, 0]), dy, x, w, 0, 1, False, True)
+        op(torch.tensor([10**9, 0, 0, 0]), dy, x, w, 0, 1, False, True)
 
 
 def test_schedule_without_the_method_hands_nothing_over():
