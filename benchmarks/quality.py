@@ -174,20 +174,19 @@ class Found:
 
 def run_seed(found: Found, entries: list[Entry], task: Task, seed: int, rounds: int) -> None:
     """Train what is missing of one seed, then take alternating steps of what was trained."""
-    torch._dynamo.config.recompile_limit = 4 * len(entries)
+    trainers: dict[str, Any] = {}
     # A batch of another size would else make the size a symbol, also for the methods that follow. (Dynamic
     # padding marks its lengths as such.)
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    trainers: dict[str, Any] = {}
-    for entry in entries:
-        if found.has(entry.name, seed):
-            continue
-        run, trainers[entry.name] = task.train(entry, seed)
-        found.data["runs"].append(slim(run.to_dict()))
-        found.save()
-    if rounds and DENSE in trainers:
-        found.data["step_seconds"] = interleave(trainers, rounds)
-        found.save()
+    with torch._dynamo.config.patch(recompile_limit=4 * len(entries), automatic_dynamic_shapes=False):
+        for entry in entries:
+            if found.has(entry.name, seed):
+                continue
+            run, trainers[entry.name] = task.train(entry, seed)
+            found.data["runs"].append(slim(run.to_dict()))
+            found.save()
+        if rounds and DENSE in trainers:
+            found.data["step_seconds"] = interleave(trainers, rounds)
+            found.save()
     torch._dynamo.reset()
 
 
