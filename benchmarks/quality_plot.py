@@ -13,11 +13,13 @@ Curve = Sequence[tuple[int, float]]  # (step, value)
 
 COLOURS = ("#333333", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9", "#7b3294")
 
+MOST_BANDS = 6  # in one panel; more cover each other
+
 
 def draw(
     curves: Mapping[str, Sequence[Curve]], speeds: Mapping[str, float | None], *, goal: str, path: Path
 ) -> None:
-    """Write the figure; several seeds show as their mean with a band of one deviation.
+    """Write the figure; several seeds show as their mean, with a band of one deviation if methods are few.
 
     Args:
         curves: of each method, one for each seed, all at the same steps.
@@ -30,6 +32,13 @@ def draw(
     left, right = panels[0], panels[-1]
     for number, (name, seeds) in enumerate(curves.items()):
         colour, dash = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+        if len(curves) > MOST_BANDS:
+            seeds = [
+                [
+                    (points[0][0], statistics.fmean(y for _, y in points))
+                    for points in zip(*seeds, strict=True)
+                ]
+            ]
         _line(left, seeds, 1.0, colour, dash, name)
         if (speed := speeds[name]) is not None:
             _line(right, seeds, speed, colour, dash, f"{name} ({speed:.2f}×)")
