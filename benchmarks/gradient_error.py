@@ -156,6 +156,7 @@ def main(
     at: Annotated[str, typer.Option(help="Steps at which to record, separated by commas.")] = "5,40",
     draws: Annotated[int, typer.Option(min=2, help="Draws of each estimator.")] = 24,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate (AdamW).")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(min=0, help="Samples per step; 0: the preset's, or 16.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Results file.")] = None,
 ) -> None:
     """Bias and variance of sampled weight gradients, as a share of SGD's own variance."""
@@ -168,10 +169,10 @@ def main(
         raise typer.BadParameter(f"--keeps and --at are numbers separated by commas: {error}.") from error
     torch.manual_seed(0)
     if preset in PRESETS:
-        chosen = PRESETS[preset]
+        chosen = PRESETS[preset].resized(batch=batch_size or None)
         model, batches = chosen.model(), chosen.batches(chosen, steps[-1] + 1, 0)
     else:
-        model, batches = shakespeare_batches(steps[-1] + 1)
+        model, batches = shakespeare_batches(steps[-1] + 1, batch_size or 16)
     table = Table(box=box.SIMPLE_HEAD, title=f"{preset}: share of SGD's variance", pad_edge=False)
     for heading in ("step", "keep", "estimator"):
         table.add_column(heading)
@@ -193,7 +194,7 @@ def main(
                 table.add_row(str(step), f"{share:g}", name, *texts, f"{below} of {len(records)}")
     console.print(table)
     path = json_out or Path(__file__).parent / "results" / f"gradient_error_{preset}.json"
-    run = {"preset": preset, "draws": draws, "lr": lr}
+    run = {"preset": preset, "draws": draws, "lr": lr, "batch_size": batch_size or None}
     write_json(path, {**context(), "run": run, "found": found})
     console.print(f"written to {path}")
 

@@ -96,10 +96,10 @@ def reviews(
     return Task(name=f"reviews_{padding}", goal="accuracy", settings=settings, train=train)
 
 
-def shakespeare_batches(count: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The GPT of the pretraining task at its usual sizes, and its first batches."""
+def shakespeare_batches(count: int, batch_size: int = 16) -> tuple[Any, list[dict[str, Any]]]:
+    """The GPT of the pretraining task, of width 128, and its first batches."""
     ids = tokenise(load_shakespeare(DATA), BYTES + 1, DATA)
-    recipe = _gpt(steps=count, batch_size=16, length=128, lr=1e-3, layers=4, hidden=128)
+    recipe = _gpt(steps=count, batch_size=batch_size, length=128, lr=1e-3, layers=4, hidden=128)
     windows = _pretraining.Windows(ids, recipe, count * recipe.batch_size, 0)
     loader = torch.utils.data.DataLoader(windows, batch_size=recipe.batch_size)
     return _pretraining.make_model(recipe, ids.vocabulary).train(), list(loader)

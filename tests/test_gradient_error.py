@@ -152,7 +152,7 @@ def test_the_command_writes_all_estimators_at_all_steps(
     done = CliRunner().invoke(gradient_error.app, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(path.read_text())
-    assert found["run"] == {"preset": "bert-base", "draws": 4, "lr": 1e-4}
+    assert found["run"] == {"preset": "bert-base", "draws": 4, "lr": 1e-4, "batch_size": None}
     rows = {(row["step"], row["keep"], row["estimator"]): row for row in found["found"]}
     assert [*rows] == [*itertools.product((1, 2), (0.2, 1.0), estimators())]
     assert all(row["bias"] >= 0 and row["variance"] >= 0 for row in rows.values())
