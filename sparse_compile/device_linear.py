@@ -70,9 +70,8 @@ class DeviceLinear:
         self._where = where
         self._asked: tuple[object, ...] | None = None
         self._lacks = (False, False)  # whether X was not there in the last backward, and W
-        self._chosen_by: list[
-            Callable[[], object]
-        ] = []  # what chose rows in this backward, if it is to be timed
+        # What chose rows in this backward, if it is to be timed.
+        self._chosen_by: list[Callable[[], object]] = []
         self._tally = Tally()
         self._live: Later | None = None
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
