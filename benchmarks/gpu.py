@@ -33,11 +33,13 @@ from torch import Tensor, nn  # noqa: E402
 ROOT = from_source.ROOT
 TESTS = (
     "tests/kernels/triton/test_products.py",
+    "tests/kernels/triton/test_base_inputs.py",
     "tests/kernels/triton/test_attention.py",
     "tests/kernels/triton/test_row_stats.py",
     "tests/kernels/triton/test_pack.py",
     "tests/kernels/triton/test_launch.py",
-    "tests/methods/test_on_device.py",
+    "tests/kernels/triton/test_draw.py",
+    "tests/kernels/triton/test_largest.py",
     "tests/test_device_linear.py",
     "tests/kernels/triton/test_neighbours.py",
     "tests/test_semi_structured.py",

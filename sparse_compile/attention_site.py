@@ -140,9 +140,9 @@ class AttentionSite(Site):
 
     def _cannot(self, method: Reuse | Sample) -> bool:
         """Whether there is no kernel for ``method`` on the GPU that this attention is on."""
-        if self._device is None or not isinstance(method, Reuse):
+        if self._device is None:
             return False
-        return method.granularity != "row" or not self._device.by_kernel
+        return not self._device.by_kernel or (isinstance(method, Reuse) and method.granularity != "row")
 
     def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -248,7 +248,7 @@ class AttentionSite(Site):
         if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
         if self._cannot(method):
-            return "on a GPU attention reuses whole rows alone, by Triton: only zero rows are skipped"
+            return "on a GPU attention computes whole rows alone, by Triton: only zero rows are skipped"
         name = "sampling" if isinstance(method, Sample) else "reuse"
         return f"{name} would cost more than it saves at this size and keep: only zero rows are skipped"
 

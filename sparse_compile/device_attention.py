@@ -12,15 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_compile.device_linear import Tally
 from sparse_compile.kernels import choice, on_device, triton
 from sparse_compile.kernels.attention import Gradients
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.looks import LaterLooks
-from sparse_compile.methods import on_device as methods
 from sparse_compile.methods.attention import ChosenRows, share_of
 from sparse_compile.methods.rows import number_kept
 from sparse_compile.methods.sample import Draw
+from sparse_compile.tally import Tally
 
 # As for linears: see device_linear.py.
 _WORTH_SKIPPING = 1 / 16
@@ -67,15 +66,9 @@ class DeviceAttention:
     def draw(self, do: Tensor, forward: CudaFused, keep: float, clip: float | None, draw: Draw) -> Queries:
         """round(keep · B · T) rows drawn by ‖dO_t‖ over all heads; see :mod:`methods.attention`."""
         b, _, t, _ = do.shape
-        norms = torch.linalg.vector_norm(do, dim=(1, 3), dtype=torch.float32)
-        if forward.by_kernel:
-            # The square of an entry below 1e-23 is zero, and yet its row needs a chance.
-            live = on_device.live_queries(do)
-            norms = torch.where(live, norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
-        drawn = methods.drawn(norms.view(-1), number_kept(keep, b * t), clip, draw)
-        assert drawn.scale is not None
-        weights = norms.new_zeros(b * t).scatter_(0, drawn.kept, drawn.scale.to(norms.dtype)).view(b, t)
-        self._tally.zero = self._tally.zero + (norms == 0).sum()
+        numbers = [(draw.number(), draw.number())]
+        tally = self._tally.on(do.device)
+        weights = on_device.drawn_queries(do, number_kept(keep, b * t), clip, numbers, tally)
         return Queries(weights != 0, weights, keep)
 
     def choose(self, do: Tensor, mean: Tensor, keep: float) -> tuple[Queries, ChosenRows]:
@@ -84,11 +77,11 @@ class DeviceAttention:
         rows = do.transpose(1, 2).reshape(b * t, h * d)
         base = mean.transpose(0, 1).reshape(t, h * d)
         squares, live = on_device.row_stats(rows, base)
-        dropped = methods.largest(squares, live, keep, base).dropped
+        tally = self._tally.on(do.device)
+        dropped = on_device.largest(squares, live, number_kept(keep, b * t), base, tally).dropped
         assert dropped is not None
         computed, dropped = (live & ~dropped).view(b, t), dropped.view(b, t)
         norms = torch.linalg.vector_norm(do, dim=(1, 3), dtype=torch.float32)
-        self._tally.zero = self._tally.zero + (~live).sum()
         chosen = ChosenRows(computed, dropped, share_of(norms, dropped))
         return Queries(computed, computed.to(torch.float32), keep), chosen
 
@@ -111,10 +104,10 @@ class DeviceAttention:
         if self.kernel == "aten":
             return by_aten()
         if queries.weights is None:
-            skipped = (~queries.live).sum()
-            self._tally.zero = self._tally.zero + skipped
-            self._tally.skipped = self._tally.skipped + skipped
-            self._tally.flops = self._tally.flops + skipped * _flops(forward, 1)
+            count = queries.live.sum(dtype=torch.int32)
+            flops = _flops(forward, 1)
+            tally = self._tally.on(do.device)
+            on_device.tally_rows(tally, count, queries.live.numel(), zero=True, flops=flops)
         return by_triton()
 
     def _key(self, do: Tensor, forward: CudaFused, queries: Queries) -> tuple[object, ...]:
@@ -129,8 +122,7 @@ class DeviceAttention:
 
     def settle(self) -> tuple[int, int, int]:
         """The tally since the last call, on the host."""
-        done, self._tally = self._tally, Tally()
-        return int(done.zero), int(done.skipped), int(done.flops)
+        return self._tally.settle()
 
 
 def _flops(forward: CudaFused, rows: int) -> int:

@@ -2,18 +2,18 @@
 
 On the CPU a site looks at its rows and then decides. Here looking means to wait, so
 
-- rows are chosen by the forms of ``methods/on_device.py``, whose number stays on the device;
+- rows are chosen by kernels (``kernels/triton/draw.py``, ``largest.py``); their number stays on the device;
 - whether to skip zero rows is decided by how many there were at the backward before. Both ways are exact, so
   a wrong guess costs time only. Where there were none, the next looks are further and further apart;
 - what multiplies is timed once for every shape (``kernels/choice.py``): ATen, on the whole of dY or on
   gathered rows; Triton, which gathers inside the product; or, for 2:4, cuSPARSELt;
-- and so is whether choosing rows pays: to choose them takes dozens of small launches.
+- and so is whether choosing rows pays: to choose them takes a pass over dY, and X.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ from sparse_compile.kernels import choice, on_device, semi_structured, triton
 from sparse_compile.kernels import linear as aten
 from sparse_compile.later import Later
 from sparse_compile.looks import LaterLooks
-from sparse_compile.methods import on_device as methods
 from sparse_compile.methods.rows import Estimate, Neighbours, Rows, number_kept
 from sparse_compile.methods.sample import Draw
 from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
+from sparse_compile.tally import Tally
 
 # Products over gathered rows are not as fast as dense ones: fewer zero rows than this are not skipped.
 _WORTH_SKIPPING = 1 / 16
@@ -40,15 +40,7 @@ _OF_FOUR = {(1, 4): 1, (2, 4): 2}
 # takes 100 (an estimate from bandwidths and launches, not a measurement).
 _LONGEST_PAUSE = 15
 
-
-@dataclasses.dataclass(slots=True)
-class Tally:
-    """Sums that are kept on the device: rows that were zero, those of them that were skipped, and the FLOPs
-    that this saved."""
-
-    zero: Tensor | int = 0
-    skipped: Tensor | int = 0
-    flops: Tensor | int = 0
+T = TypeVar("T")
 
 
 class DeviceLinear:
@@ -114,14 +106,11 @@ class DeviceLinear:
     def reuse(self, dy: Tensor, base: Tensor, keep: float) -> Rows:
         """Rows of dY [N, O] by the norm of their residual; see ``methods/reuse.py``."""
 
-        def choose() -> tuple[Rows, Tensor]:
-            squares, live = on_device.row_stats(dy, base.contiguous())
-            return methods.largest(squares, live, keep, base), live
+        def choose(tally: Tensor) -> Rows:
+            stats = on_device.row_stats(dy, base.contiguous())
+            return on_device.largest(*stats, number_kept(keep, len(dy)), base, tally)
 
-        self._chosen_by.append(choose)
-        rows, live = choose()
-        self._tally.zero = self._tally.zero + (len(dy) - live.sum())
-        return rows
+        return self._choose(choose, dy.device)
 
     def neighbours(
         self, dy: Tensor, base: Tensor, method: Reuse, inputs: int
@@ -134,34 +123,36 @@ class DeviceLinear:
         if not semi_structured.usable(dy, inputs):
             return None
         _, live = on_device.row_stats(dy)
-        self._tally.zero = self._tally.zero + (len(dy) - live.sum())
+        self._tally.on(dy.device)[0] += len(dy) - live.sum()
         return on_device.keep_of_four(dy, base.contiguous(), live, _OF_FOUR[parse_n_m(ratio)])
 
-    def norms(self, dy: Tensor) -> Tensor:
-        """‖dY_i‖ in float32, [N]; zero exactly where the row is."""
+    def live_before(self, dy: Tensor) -> int:
+        """How many rows were not zero in the last backward that drew some, and at most all of ``dy``; of the
+        first one the host waits for the count. (An adaptive share is of those rows: one that lags behind
+        draws a few more or less, as unbiased.)"""
+        if self._live is None:
+            self._live = Later((dy != 0).any(1).sum())
+        return min(len(dy), self._live.read())
 
-        def measure() -> tuple[Tensor, Tensor]:
-            squares, live = on_device.row_stats(dy)
-            # The square of an entry below 1e-23 is zero, and yet its row needs a chance.
-            smallest = torch.finfo(squares.dtype).tiny
-            return torch.where(live, squares.sqrt().clamp(min=smallest), 0.0), live
+    def draw(
+        self, dy: Tensor, x: Tensor | None, k: int, cap: float | None, draw: Draw, *, for_dx: bool
+    ) -> list[Rows]:
+        """k rows of dY [N, O] drawn at random, once for dX, if wanted, and once for dW, if X [N, I] is given:
+        one of both at least. See ``methods/sample.py``."""
+        numbers = [(draw.number(), draw.number()) for _ in range(for_dx + (x is not None))]
 
-        self._chosen_by.append(measure)
-        norms, live = measure()
-        self._tally.zero = self._tally.zero + (len(dy) - live.sum())
-        return norms
+        def choose(tally: Tensor) -> tuple[list[Rows], Tensor]:
+            return on_device.drawn(dy, x, k, cap, numbers, for_dx=for_dx, tally=tally)
 
-    def live(self, norms: Tensor) -> int:
-        """How many rows were not zero in the backward before, and at most all of these; of the first one the
-        host waits for the count. (An adaptive share is of those rows: one that lags behind draws a few more
-        or less, as unbiased.)"""
-        last, self._live = self._live, Later(norms.count_nonzero())
-        return min(len(norms), (last or self._live).read())
+        rows, alive = self._choose(choose, dy.device)
+        if self._live is not None:  # somebody asks for it
+            self._live = Later(alive[:1])
+        return rows
 
-    def draw(self, scores: Tensor, k: int, clip: float | None, draw: Draw) -> Rows:
-        """k rows drawn at random by ``scores`` [N]; see ``methods/sample.py``."""
-        self._chosen_by.append(lambda: methods.drawn(scores, k, clip, draw))
-        return methods.drawn(scores, k, clip, draw)
+    def _choose(self, choose: Callable[[Tensor], T], device: torch.device) -> T:
+        """What ``choose`` gives, which counts in a tally."""
+        self._chosen_by.append(lambda: choose(torch.empty(3, dtype=torch.int64, device=device)))
+        return choose(self._tally.on(device))
 
     def backward(
         self,
@@ -204,9 +195,13 @@ class DeviceLinear:
         counted = bool(self._chosen_by)  # what chose rows has counted those that are zero
         with triton.current(dy.device):  # whose time is taken
             self.kernel = choice.fastest(key, candidates) if len(candidates) > 1 else "aten"
-            self._time_choosing(dy, x, w, for_dw, candidates[self.kernel], dw_transposed)
+            self._time_choosing(dy, x, w, candidates[self.kernel], dw_transposed)
         if self.kernel == "triton":
-            self._count_skipped(len(dy), 2 * dy.shape[1] * inputs, wanted, counted)
+            padded = [e for e in wanted if isinstance(e, Rows) and e.padded]
+            if padded and padded[0].count is not None:
+                flops = 2 * dy.shape[1] * inputs * len(padded)
+                tally = self._tally.on(dy.device)
+                on_device.tally_rows(tally, padded[0].count, len(dy), zero=not counted, flops=flops)
         return candidates[self.kernel]()
 
     def _time_choosing(
@@ -214,7 +209,6 @@ class DeviceLinear:
         dy: Tensor,
         x: Tensor | None,
         w: Tensor | None,
-        for_dw: Estimate,
         products: Callable[[], object],
         dw_transposed: bool,
     ) -> None:
@@ -224,8 +218,6 @@ class DeviceLinear:
         self._lacks = (x is None, w is None)
         if not steps or self._asked is None:
             return
-        if x is not None and isinstance(for_dw, Rows) and for_dw.scale is not None:
-            steps.append(lambda: torch.linalg.vector_norm(x, dim=1, dtype=torch.float32))
         steps.append(products)
         candidates: dict[str, Callable[[], object]] = {
             "dense": lambda: aten.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed),
@@ -245,16 +237,6 @@ class DeviceLinear:
         tokens = 0 if estimate.base is None else choice.bucket(len(estimate.base))
         return ("kept", choice.bucket(len(estimate.kept)), tokens, estimate.scale is None)
 
-    def _count_skipped(self, n: int, flops: int, wanted: list[Estimate], counted: bool) -> None:
-        counts = [e.count for e in wanted if isinstance(e, Rows) and e.padded and e.count is not None]
-        if counts:
-            skipped = (n - counts[0]).to(torch.int64).sum()
-            if not counted:
-                self._tally.zero = self._tally.zero + skipped
-            self._tally.skipped = self._tally.skipped + skipped
-            self._tally.flops = self._tally.flops + skipped * (flops * len(counts))
-
     def settle(self) -> tuple[int, int, int]:
         """The tally since the last call, on the host."""
-        done, self._tally = self._tally, Tally()
-        return int(done.zero), int(done.skipped), int(done.flops)
+        return self._tally.settle()

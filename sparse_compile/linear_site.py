@@ -291,41 +291,44 @@ class LinearSite(Site):
         self, dy: Tensor, x: Tensor | None, method: Sample | Adaptive, use: Use, needed: Tensor | None
     ) -> tuple[int, Estimates]:
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
-        choose = sample.rows
-        if self._device is None:
+        gradients = "weight" if isinstance(method, Adaptive) else method.gradients
+        draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
+        self._draws += 1
+        wanted = (gradients != "weight", gradients != "input" and x is not None)
+        drawn: list[Rows] = []
+        if self._device is not None:
+            zero = 0  # as far as the host knows
+            if any(wanted):
+                live = self._device.live_before(dy) if isinstance(method, Adaptive) else len(dy)
+                k, cap = self._number_drawn(method, live)
+                drawn = self._device.draw(dy, x if wanted[1] else None, k, cap, draw, for_dx=wanted[0])
+        else:
             norms = torch.linalg.vector_norm(dy, dim=1, dtype=wide(dy.dtype))
             if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
                 return 0, (dy, dy)
-            live = self._live = int(norms.count_nonzero())
-        else:
-            norms, choose, live = self._device.norms(dy), self._device.draw, len(dy)
-        draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
-        self._draws += 1
-        if isinstance(method, Adaptive):
-            if self._device is not None:
-                live = self._device.live(norms)
-            k, gradients = number_kept(self._share(method), live), "weight"
-            self.controller.saved(2.0 * (live - k) * self.shape[1] * self.shape[2])
-            clip = self.controller.cap(self.name)
-        else:
-            k, gradients, clip = (
-                number_kept(self._share(method), self.shape[0]),
-                method.gradients,
-                method.clip,
-            )
-        for_dx = for_dw = None
-        if gradients != "weight":
-            for_dx = choose(norms, k, clip, draw)
-        if gradients != "input" and x is not None:
-            scores = norms * torch.linalg.vector_norm(x, dim=1, dtype=norms.dtype)
-            if self._device is None and not bool(scores.sum().isfinite()):  # 0 · inf, or an overflow
-                return 0, (dy, dy)
-            for_dw = choose(scores, k, clip, draw)
-        zero = len(dy) - live
-        if for_dx is None or for_dw is None:  # a product that is not sampled, or not asked for
-            _, (exactly, _) = self._exactly(dy, needed) if zero or self._device else (0, (dy, dy))
-            return zero, (exactly if for_dx is None else for_dx, exactly if for_dw is None else for_dw)
-        return zero, (for_dx, for_dw)
+            self._live = int(norms.count_nonzero())
+            zero = len(dy) - self._live
+            k, cap = self._number_drawn(method, self._live)
+            if wanted[0]:
+                drawn.append(sample.rows(norms, k, cap, draw))
+            if wanted[1] and x is not None:
+                scores = norms * torch.linalg.vector_norm(x, dim=1, dtype=norms.dtype)
+                if not bool(scores.sum().isfinite()):  # 0 · inf, or an overflow
+                    return 0, (dy, dy)
+                drawn.append(sample.rows(scores, k, cap, draw))
+        if len(drawn) == 2:
+            return zero, (drawn[0], drawn[1])
+        # A product is not sampled, or not asked for.
+        _, (exactly, _) = self._exactly(dy, needed) if zero or self._device else (0, (dy, dy))
+        return zero, (drawn[0] if wanted[0] else exactly, drawn[0] if wanted[1] else exactly)
+
+    def _number_drawn(self, method: Sample | Adaptive, live: int) -> tuple[int, float | None]:
+        """How many rows are drawn, where so many are not zero; and the cap on their weights."""
+        if isinstance(method, Sample):
+            return number_kept(self._share(method), self.shape[0]), method.clip
+        k = number_kept(self._share(method), live)
+        self.controller.saved(2.0 * (live - k) * self.shape[1] * self.shape[2])
+        return k, self.controller.cap(self.name)
 
     def _observe(
         self,

@@ -49,3 +49,12 @@ def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[
     """dX written out, and dW, on the CPU."""
     dx, dw = gradients
     return None if dx is None else aten.written_out(dx).cpu(), None if dw is None else dw.cpu()
+
+
+def drawn_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU draws in the order that kernels compute, and from their numbers."""
+    from sparse_compile.kernels.triton import reference
+    from sparse_compile.methods.sample import Draw
+
+    monkeypatch.setattr(Draw, "order", reference.Numbers.order)
+    monkeypatch.setattr(Draw, "start", reference.Numbers.start)

@@ -21,6 +21,7 @@ from cuda_attention import (
     cuda_attention_on_cpu,  # noqa: F401
     dtype_of,
 )
+from cuda_linear import drawn_as_on_a_gpu
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
@@ -42,6 +43,12 @@ METHODS = {
     "reuse": Reuse(0.6),
     "reuse, sample": Reuse(0.7, source="sample", refresh_every=2),
 }
+
+
+@pytest.fixture(autouse=True)
+def _drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_as_on_a_gpu(monkeypatch)
+
 
 each_form = pytest.mark.parametrize("form", FORMS)
 pytestmark = pytest.mark.usefixtures(
@@ -238,7 +245,7 @@ def test_reuse_of_single_entries_is_exact_and_the_report_says_so(
     phase = Schedule(attention=method).at(0)
     assert (site.method, site.keep(phase)) == ("exact", 1.0)
     assert site.note(phase) == (
-        "on a GPU attention reuses whole rows alone, by Triton: only zero rows are skipped"
+        "on a GPU attention computes whole rows alone, by Triton: only zero rows are skipped"
     )
 
 

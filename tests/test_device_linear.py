@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from cuda_linear import INPUTS, OUTPUTS, SAMPLES, TOKENS, N, OnDevice, at, batch, written
+from cuda_linear import INPUTS, OUTPUTS, SAMPLES, TOKENS, N, OnDevice, at, batch, drawn_as_on_a_gpu, written
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -16,6 +16,7 @@ from sparse_compile.clock import Clock
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.linear_site import LinearSite
+from sparse_compile.methods.sample import Draw
 from sparse_compile.runtime import NO_TOKEN
 from sparse_compile.telemetry import Telemetry
 
@@ -53,8 +54,9 @@ def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("gradients", ["dX dW", "dX", "dW", "dX dWᵀ"])
 def test_gradients_are_those_of_the_cpu(
-    name: str, gradients: str, kernel: str, run: Callable[..., OnDevice]
+    name: str, gradients: str, kernel: str, run: Callable[..., OnDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn_as_on_a_gpu(monkeypatch)
     ours, site = run(), LinearSite("layer", seed=1)
     for step, dead in enumerate((0.4, 0.4, 0.0, 0.9, 1.0)):
         dy, x, w = batch(step, dead)
@@ -104,11 +106,14 @@ def test_zero_rows_are_counted_once_where_one_gradient_is_sampled(
     assert ours.site.counters.rows_computed == 3 * N // 2
 
 
-def test_an_adaptive_share_is_of_the_rows_of_the_backward_before() -> None:
+def test_an_adaptive_share_is_of_the_rows_of_the_backward_before(device: torch.device) -> None:
     """So that nobody waits for the present count."""
-    kept = DeviceLinear()
-    rows = [torch.arange(8) < alive for alive in (5, 3, 7)] + [torch.ones(6)]
-    assert [kept.live(norms.float()) for norms in rows] == [5, 5, 3, 6]
+    kept, live = DeviceLinear(), []
+    for alive, rows in ((5, 8), (3, 8), (7, 8), (6, 6)):
+        dy = (torch.arange(rows, device=device) < alive).float().unsqueeze(1)
+        live.append(kept.live_before(dy))
+        kept.draw(dy, torch.ones_like(dy), 2, None, Draw("seed"), for_dx=False)
+    assert live == [5, 5, 3, 6]
 
 
 def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:
@@ -264,6 +269,7 @@ def test_nothing_waits_for_the_gpu(
 def test_what_a_monitor_measures_is_that_of_the_cpu(
     name: str, kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn_as_on_a_gpu(monkeypatch)
     clock = Clock(Schedule.exact())
     sites = [LinearSite("layer", seed=1, telemetry=Telemetry(1, clock)) for _ in range(2)]
     ours = OnDevice(sites[0], device, monkeypatch)

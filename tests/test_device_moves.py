@@ -6,7 +6,7 @@ import cuda_attention
 import pytest
 import torch
 from cuda_attention import cuda_attention_on_cpu  # noqa: F401
-from cuda_linear import TOKENS, N, at, batch, written
+from cuda_linear import TOKENS, N, at, batch, drawn_as_on_a_gpu, written
 
 pytest.importorskip("triton")
 
@@ -34,8 +34,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", [None, Reuse(0.7), Sample(0.3), Sample(0.3, gradients="weight")])
-def test_double_and_back(method: Reuse | Sample | None) -> None:
+def test_double_and_back(method: Reuse | Sample | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton knows no float64: the products are those of a site that was never on a GPU."""
+    drawn_as_on_a_gpu(monkeypatch)
     moved, site = LinearSite("layer", seed=1), LinearSite("layer", seed=1)
     options = {"tokens": TOKENS, "phase": at(method), "dw_transposed": False}
     kernels = []

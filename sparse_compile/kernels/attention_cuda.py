@@ -39,7 +39,8 @@ class Queries:
 
     def apply(self, do: Tensor) -> Tensor:
         """dO [B, H, T, D], written out as these rows stand for it."""
-        return do if self.weights is None else do * self.weights[:, None, :, None].to(do.dtype)
+        # (A weight may be larger than float16 can hold, where what it is multiplied by is small.)
+        return do if self.weights is None else (do * self.weights[:, None, :, None]).to(do.dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

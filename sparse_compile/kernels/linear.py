@@ -103,6 +103,9 @@ def input_gradient_of_rows(compact: Tensor, w: Tensor, rows: Rows, n: int) -> Di
     k, zero_slot = rows.kept.numel(), compact.shape[0]
     products = compact.new_empty(max(n, zero_slot + (k < n)), w.shape[1])
     torch.mm(compact, w, out=products[:zero_slot])
+    if rows.slot is not None:  # in which zeros are at N − 1
+        products[zero_slot:][-1:] = 0
+        return products, rows.slot
     products[zero_slot : zero_slot + 1] = 0
     if rows.base is None or rows.dropped is None:
         slot = torch.full((n,), zero_slot, device=compact.device)

@@ -1,19 +1,19 @@
 """The backward of linears and attentions over rows whose number only the device knows, by Triton.
 
 The products of a linear are those of ``linear.py``, with the same results, up to the order of sums. Rows are
-gathered inside the kernels; what reuse adds for a base (P · W and Pᵀ · Σ dropped X, 1/B of the dense work) is
-left to ATen.
+gathered inside the kernels, and what reuse adds for a base (P · W and Pᵀ · Σ dropped X) is more rows to them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_compile.kernels import triton
-from sparse_compile.kernels.linear import DistinctRows, input_gradient, sum_dropped, weight_gradient
+from sparse_compile.kernels.linear import DistinctRows, input_gradient, weight_gradient
 from sparse_compile.methods.rows import Estimate, Neighbours, Rows
 
 
@@ -38,7 +38,7 @@ def live_rows(dy: Tensor) -> Rows:
     from sparse_compile.kernels.triton.row_stats import live_rows
 
     kept, count, slot = compact(live_rows(dy))
-    return Rows(kept, count=count, slot=slot)
+    return Rows(kept, count=count, slot=slot, padded=True)
 
 
 def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,57 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from sparse_compile.kernels.triton.row_stats import row_stats
 
     return row_stats(dy, base)
+
+
+def drawn(
+    dy: Tensor,
+    x: Tensor | None,
+    k: int,
+    cap: float | None,
+    numbers: list[tuple[int, int]],
+    *,
+    for_dx: bool,
+    tally: Tensor,
+) -> tuple[list[Rows], Tensor]:
+    """Estimates of dY [N, O] by k rows drawn at random: for dX by ‖dY_i‖, if wanted; and for dW, if X [N, I]
+    is given, by ‖dY_i‖ · ‖X_i‖; one of both at least. With them comes how many rows have such a score, int32.
+    For the other arguments see ``triton/draw.py``."""
+    from sparse_compile.kernels.triton.draw import draw
+    from sparse_compile.kernels.triton.row_stats import scores
+
+    if len(dy) == 0:
+        none = _no_rows(dy)
+        rows = dataclasses.replace(none, scale=dy.new_empty(0, dtype=torch.float32))
+        return [rows] * len(numbers), none.kept.new_zeros(len(numbers))
+    found = scores(dy, x, norm=for_dx)
+    kept, scale, count, slot, _, alive = draw(found, k, cap, numbers, slots=for_dx, tally=tally)
+    slots = [slot if for_dx else None, None]
+    each = zip(kept, scale, count.split(1), slots, strict=False)
+    return [Rows(kept, scale=scale, count=count, slot=slot) for kept, scale, count, slot in each], alive
+
+
+def largest(squares: Tensor, live: Tensor, k: int, base: Tensor, tally: Tensor) -> Rows:
+    """An estimate of dY by the k rows that differ most from P [T, O]: by ‖dY_i − P_t‖², float32 [N], and
+    which rows are not zero, bool [N]; see ``triton/largest.py``."""
+    from sparse_compile.kernels.triton.largest import largest
+
+    if len(live) == 0:
+        return dataclasses.replace(_no_rows(squares), base=base, dropped=live)
+    kept, count, slot, dropped = largest(squares, live, k, len(base), tally)
+    return Rows(kept, base=base, dropped=dropped, count=count, slot=slot)
+
+
+def _no_rows(dy: Tensor) -> Rows:
+    """Of none: those of an expert without tokens."""
+    numbers = dy.new_empty(0, dtype=torch.int32)
+    return Rows(numbers, count=numbers.new_zeros(1), slot=numbers.long())
+
+
+def tally_rows(tally: Tensor, count: Tensor, n: int, *, zero: bool, flops: int) -> None:
+    """Count the rows beyond ``count`` of ``n`` as skipped, each of so many ``flops``; as zero, if asked."""
+    from sparse_compile.kernels.triton.compaction import tally_rows
+
+    tally_rows(tally, count, n, zero=zero, flops=flops)
 
 
 def keep_of_four(dy: Tensor, base: Tensor, live: Tensor, keep: int) -> tuple[Neighbours, Neighbours]:
@@ -65,6 +116,19 @@ def live_queries(do: Tensor) -> Tensor:
     if rows.is_contiguous():
         return live_rows(rows.view(b * t, h * d)).view(b, t)
     return live_rows(do.reshape(b * h * t, d)).view(b, h, t).any(1)
+
+
+def drawn_queries(
+    do: Tensor, k: int, cap: float | None, numbers: list[tuple[int, int]], tally: Tensor
+) -> Tensor:
+    """The weights [B, T] of the k query rows of ``do`` [B, H, T, D] that are drawn by ‖dO_t‖ over all heads,
+    zero for the others; see ``triton/draw.py``."""
+    from sparse_compile.kernels.triton.draw import draw
+    from sparse_compile.kernels.triton.row_stats import scores
+
+    b, h, t, d = do.shape
+    found = scores(do.transpose(1, 2).reshape(b * t, h * d), None)
+    return draw(found, k, cap, numbers, slots=False, tally=tally)[4].view(b, t)
 
 
 def attention_backward(
@@ -100,31 +164,14 @@ def backward(
 
 
 def input_gradient_of_rows(dy: Tensor, w: Tensor, rows: Rows) -> DistinctRows:
-    """dX = Ŷ · W, with dY [N, O] and W [O, I]. ``rows`` has a count, and k + T < N if it has a base."""
+    """dX = Ŷ · W, with dY [N, O] and W [O, I]. ``rows`` has a count and slots; and k + T < N with a base."""
     from sparse_compile.kernels.triton.input_gradient import input_gradient
 
     assert rows.count is not None
-    products = input_gradient(dy, w, rows.kept.int(), rows.count, _narrow(rows.scale))
-    if rows.base is not None:
-        k = len(rows.kept)
-        torch.mm(rows.base, w, out=products[k : k + len(rows.base)])
-    return products, _index(rows, len(dy))
-
-
-def _index(rows: Rows, n: int) -> Tensor:
-    """Where in the products each row of dX stands, int64 [N]; the row of zeros is at N − 1."""
-    if rows.slot is not None:
-        return rows.slot
-    assert rows.count is not None
-    device, k = rows.kept.device, len(rows.kept)
-    # One more entry, which nobody reads: what is beyond the count is written there.
-    index = torch.full((n + 1,), n - 1, device=device)
-    if rows.base is not None and rows.dropped is not None:
-        of_token = torch.arange(k, k + len(rows.base), device=device)
-        index[:n] = torch.where(rows.dropped.view(-1, len(of_token)), of_token, n - 1).view(-1)
-    slots = torch.arange(k, device=device)
-    index.scatter_(0, torch.where(slots < rows.count, rows.kept.long(), n), slots)
-    return index[:n]
+    assert rows.slot is not None
+    base = None if rows.base is None else rows.base.contiguous()
+    products = input_gradient(dy, w, rows.kept.int(), rows.count, _narrow(rows.scale), base)
+    return products, rows.slot
 
 
 def _narrow(scale: Tensor | None) -> Tensor | None:
@@ -135,12 +182,13 @@ def _narrow(scale: Tensor | None) -> Tensor | None:
 
 def weight_gradient_of_rows(dy: Tensor, x: Tensor, rows: Rows, *, transposed: bool) -> Tensor:
     """dW = Ŷᵀ · X, or its transpose, with dY [N, O] and X [N, I]. ``rows`` has a count."""
+    from sparse_compile.kernels.triton.base_inputs import sum_dropped
     from sparse_compile.kernels.triton.weight_gradient import weight_gradient
 
     assert rows.count is not None
     kept, scale = rows.kept.int(), _narrow(rows.scale)
-    dw = weight_gradient(dy, x, kept, rows.count, scale, transposed=transposed)
-    if rows.base is not None:
-        inputs = sum_dropped(x, rows)
-        dw.addmm_(*((inputs.t(), rows.base) if transposed else (rows.base.t(), inputs)))
-    return dw
+    base = inputs = None
+    if rows.base is not None and rows.dropped is not None:
+        base = rows.base.contiguous()
+        inputs = sum_dropped(x, rows.dropped.contiguous(), len(base))
+    return weight_gradient(dy, x, kept, rows.count, scale, transposed=transposed, base=base, inputs=inputs)

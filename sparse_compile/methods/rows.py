@@ -16,14 +16,16 @@ class Rows:
     ``dropped[i]``; else zero.
 
     Attributes:
-        kept: int64 [k], ascending, no index twice.
+        kept: int64 [k], or int32 on a GPU, ascending, no index twice.
         base: [T, O], or None if the other rows are all zero.
         dropped: bool [N], or None together with ``base``.
         scale: what the kept rows are multiplied by, [k], or None: nothing.
         count: int32 [1], or None: all of ``kept`` count. With a count, only its first ``count`` entries do,
             and are ascending. The others fill a buffer of a fixed size, so that the host need not know the
             number: rows that are zero, with scale 0, or, where it is ``padded``, anything.
-        slot: int64 [N], where in ``kept`` a row stands, or N − 1 if it does not; None if nobody has counted.
+        slot: int64 [N], which of [kept rows; base rows] row i of Ŷ is, or N − 1 if it is zero; None if nobody
+            has counted.
+        padded: whether most of ``kept`` may be beyond the count: a buffer for all rows that are not zero.
     """
 
     kept: Tensor
@@ -32,16 +34,12 @@ class Rows:
     scale: Tensor | None = None
     count: Tensor | None = None
     slot: Tensor | None = None
+    padded: bool = False
 
     @property
     def computed(self) -> int:
         """The number of rows that take part in the products; with a ``count``, the most that may."""
         return self.kept.numel() + (0 if self.base is None else self.base.shape[0])
-
-    @property
-    def padded(self) -> bool:
-        """Whether most of ``kept`` may be beyond the count: a buffer for all rows that are not zero."""
-        return self.slot is not None
 
     @property
     def exact(self) -> bool:
@@ -58,7 +56,7 @@ class Rows:
         kept = dy.index_select(0, self.kept)
         if self.scale is not None:
             kept = (kept * self.scale.unsqueeze(1)).to(dy.dtype)
-        return estimate.index_copy_(0, self.kept, kept)
+        return estimate.index_copy_(0, self.kept.long(), kept)
 
 
 def number_kept(keep: float, total: int) -> int:

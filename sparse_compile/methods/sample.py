@@ -27,10 +27,15 @@ from sparse_compile.methods.rows import Rows
 
 
 class Draw:
-    """The random numbers of one draw; equal seeds give equal ones, on every device."""
+    """The random numbers of one draw; equal seeds give equal ones. (A GPU computes its own order: see
+    ``kernels/triton/draw.py``.)"""
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
+
+    def number(self) -> int:
+        """Uniform in [0, 2³¹), for a kernel."""
+        return self._random.getrandbits(31)
 
     def start(self) -> float:
         """u, uniform in [0, 1)."""

@@ -1,9 +1,12 @@
 """Triton kernels for CUDA: the backward of linears and attentions over rows that are gathered as they are
 read, and the packing of what is saved for a backward.
 
-    row_stats.py         norms of the rows of dY, and which of them are zero, in one pass
+    row_stats.py         norms of the rows of dY (and X), and which of them are zero, in one pass
     compaction.py        which rows are live  ►  an index buffer and a count
+    draw.py              k rows at random, by a score  ►  an index buffer, weights and a count
+    largest.py           the k live rows with the largest score  ►  an index buffer and a count
     input_gradient.py    gather–matmul, dX = dY · W over the rows in the buffer
+    base_inputs.py       Σ dropped X, what the base is multiplied by in dW
     weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
     neighbours.py        the n largest of every four neighbours of dY − P
     attention.py         attention's backward over the query rows in the buffer

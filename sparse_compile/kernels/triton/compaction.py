@@ -70,3 +70,23 @@ def compact_samples(live: Tensor) -> tuple[Tensor, Tensor]:
         operands = (live.view(torch.int8), kept, count, count, t)
         launch(_compact, (b,), *operands, SLOTS=False, BLOCK=_BLOCK, num_warps=16)
     return kept, count
+
+
+@triton.jit
+def _tally_rows(count, tally, n, flops, ZERO: tl.constexpr):
+    skipped = (n - tl.load(count)).to(tl.int64)
+    if ZERO:
+        tl.store(tally, tl.load(tally) + skipped)
+    tl.store(tally + 1, tl.load(tally + 1) + skipped)
+    tl.store(tally + 2, tl.load(tally + 2) + skipped * flops)
+
+
+def tally_rows(tally: Tensor, count: Tensor, n: int, *, zero: bool, flops: int) -> None:
+    """Add to ``tally`` int64 [3] (rows that are zero; that were skipped; FLOPs) what is beyond a count.
+
+    Args:
+        count: int32 [1], rows that are computed of the ``n``.
+        zero: whether they are to be counted as zero, too.
+        flops: what each saves.
+    """
+    launch(_tally_rows, (1,), count, tally, n, flops, ZERO=zero, num_warps=1)

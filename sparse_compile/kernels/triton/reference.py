@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.sample import Draw
+from sparse_compile.methods.sample import rows as sample_rows
 
 
 def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -18,6 +24,15 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     residual = dy.float() if base is None else dy.float() - base.float().repeat(len(dy) // len(base), 1)
     return residual.square().sum(1), (dy != 0).any(1)
+
+
+def scores(dy: Tensor, x: Tensor | None, *, norm: bool = True) -> Tensor:
+    """‖dY_i‖, if wanted, and ‖dY_i‖ · ‖X_i‖, if there is an X, in float32 [1 or 2, N]. The norm of a row that
+    is not zero is not zero, however small."""
+    norms = dy.float().norm(dim=1)
+    norms = torch.where((dy != 0).any(1), norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
+    wanted = [norms] if norm else []
+    return torch.stack(wanted if x is None else [*wanted, norms * x.float().norm(dim=1)])
 
 
 def keep_of_four(dy: Tensor, base: Tensor, live: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -62,16 +77,37 @@ def compact(live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return kept, torch.tensor([len(rows)], dtype=torch.int32, device=live.device), slot
 
 
-def input_gradient(dy: Tensor, w: Tensor, kept: Tensor, count: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Products [count + 1, I]: scale_j · dY_(kept_j) · W in float32, then a row of zeros.
+def sum_dropped(x: Tensor, dropped: Tensor, tokens: int) -> Tensor:
+    """Σ_b X_(b·T + t) over those that are dropped, in float32, then in the dtype of X: [T, I].
 
-    (The kernel puts that last row at N − 1, if it is not taken, and leaves the rows between as they are.)
+    Args:
+        x: [N, I].
+        dropped: bool [N].
+        tokens: T, which divides N.
+    """
+    chosen = torch.where(dropped.unsqueeze(1), x.float(), 0.0)
+    return chosen.unflatten(0, (len(x) // tokens, tokens)).sum(0).to(x.dtype)
+
+
+def input_gradient(
+    dy: Tensor,
+    w: Tensor,
+    kept: Tensor,
+    count: Tensor,
+    scale: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """Products [count + T + 1, I]: scale_j · dY_(kept_j) · W in float32, then P · W, then a row of zeros.
+
+    (The kernel puts those of the base behind all slots of ``kept``, and the last row at N − 1, if it is not
+    taken. It leaves the rows between as they are.)
     """
     rows = kept[: int(count)].long()
     products = dy[rows].float() @ w.float()
     if scale is not None:
         products *= scale[: int(count)].float().unsqueeze(1)
-    return torch.cat([products, products.new_zeros(1, w.shape[1])])
+    of_base = products[:0] if base is None else base.float() @ w.float()
+    return torch.cat([products, of_base, products.new_zeros(1, w.shape[1])])
 
 
 def weight_gradient(
@@ -82,13 +118,17 @@ def weight_gradient(
     scale: Tensor | None = None,
     *,
     transposed: bool = False,
+    base: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
-    """dW = Σ_j scale_j · dY_(kept_j)ᵀ · X_(kept_j) in float32: [O, I], or [I, O] if ``transposed``."""
+    """dW = Σ_j scale_j · dY_(kept_j)ᵀ · X_(kept_j) + Pᵀ · inputs in float32: [O, I], or its transpose."""
     rows = kept[: int(count)].long()
     gradients = dy[rows].float()
     if scale is not None:
         gradients *= scale[: int(count)].float().unsqueeze(1)
     dw = gradients.t() @ x[rows].float()
+    if base is not None and inputs is not None:
+        dw += base.float().t() @ inputs.float()
     return dw.t() if transposed else dw
 
 
@@ -147,3 +187,65 @@ def attention(
     ds = a * (do @ wide_v.mT - delta) * scale
     dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (ds.mT @ q, a.mT @ do))
     return ds @ wide_k, dk, dv
+
+
+def order(n: int, key: int) -> Tensor:
+    """0 … n − 1 in the random order of a key, int64: by a Feistel network of six rounds over as many bits as
+    n − 1 has (at least two), of which what is not below n is left out."""
+    bits = max(2, (n - 1).bit_length())
+    low = bits // 2
+    x = torch.arange(1 << bits)
+    lower, upper = x & ((1 << low) - 1), x >> low
+    for turn in range(6):
+        if turn % 2 == 0:
+            lower = lower ^ (_hashed(upper ^ _hashed(key + turn)) & ((1 << low) - 1))
+        else:
+            upper = upper ^ (_hashed(lower ^ _hashed(key + turn)) & ((1 << (bits - low)) - 1))
+    x = (upper << low) | lower
+    return x[x < n]
+
+
+_T = TypeVar("_T", int, Tensor)
+
+
+def _hashed(x: _T) -> _T:
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+class Numbers(Draw):
+    """A draw as a kernel makes it: in its own order, and from these numbers."""
+
+    def order(self, n: int) -> Tensor:
+        return order(n, self.number())
+
+    def start(self) -> float:
+        return self.number() / 2**31
+
+
+def draw(scores: Tensor, k: int, cap: float | None, numbers: Draw) -> Rows:
+    """k rows drawn at random by ``scores`` [N], none negative: :func:`methods.sample.rows`, whose weights are
+    1 where no more than k have a score, and not a number where a score is not finite."""
+    if not bool(scores.sum().isfinite()):
+        kept = torch.arange(k)
+        return Rows(kept, scale=torch.full((k,), torch.nan))
+    found = sample_rows(scores, k, cap, numbers)
+    return found if found.scale is not None else Rows(found.kept, scale=torch.ones(len(found.kept)))
+
+
+def largest(scores: Tensor, live: Tensor, k: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k live rows with the largest score; of rows with the same one the first.
+
+    Returns:
+        (kept int64, ascending, at most k; slot int64 [N], where a row stands among the k entries of a buffer
+        with these first and the rows of the base behind it, or N − 1; dropped bool [N]).
+    """
+    n = len(scores)
+    known = scores.nan_to_num(nan=torch.inf).double() + scores.isnan()
+    ranked = torch.where(live, known, -1.0).sort(descending=True, stable=True).indices
+    kept = ranked[: min(k, int(live.sum()))].sort().values
+    dropped = live.index_fill(0, kept, False)
+    slot = torch.where(dropped, k + torch.arange(n, device=scores.device) % tokens, n - 1)
+    slot[kept] = torch.arange(len(kept), device=scores.device)
+    return kept, slot, dropped

@@ -1,9 +1,11 @@
-"""Gather–reduce: dW = Σ_j scale_j · dY_(kept_j)ᵀ · X_(kept_j), gathered as the sum over rows reads them.
+"""Gather–reduce: dW = Σ_j scale_j · dY_(kept_j)ᵀ · X_(kept_j), gathered as the sum over rows reads them, and
+of reuse + Σ_t P_tᵀ · S_t.
 
 Each program makes one tile of dW and walks over the rows in the index buffer, up to the count that it reads
-on the device. Where dW has too few tiles to fill the GPU, the rows are dealt out among ``splits`` programs a
-tile, each with a partial sum of its own in float32; those are added up afterwards, always in the same order.
-(Atomic adds into one dW would need no buffer, and give another rounding in every run.)
+on the device; then over the tokens t, of which P has a base row, and S the sum of the inputs whose rows are
+dropped (``base_inputs.py``). Where dW has too few tiles to fill the GPU, rows and tokens are dealt out among
+``splits`` programs a tile, each with a partial sum of its own in float32; those are added up afterwards, in
+the same order always. (Atomic adds into one dW would need no buffer, and give another rounding in every run.)
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ _MOST_SPLITS = 8
 def _gather_reduce(
     a,
     b,
+    base_a,
+    base_b,
     kept,
     count,
     scale,
@@ -41,7 +45,9 @@ def _gather_reduce(
     b_column,
     bucket,  # for the tuner alone
     splits,
+    tokens,
     SCALED: tl.constexpr,
+    BASED: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,6 +55,7 @@ def _gather_reduce(
     BLOCK_K: tl.constexpr,
 ):
     # sums [splits, height, width]: partial sums of Aᵀ · B over the kept rows of A [N, height], B [N, width].
+    # If it is based, and over all rows of base_a [tokens, height], base_b [tokens, width], both contiguous.
     program = tl.program_id(0)
     split = tl.program_id(1)
     row_tiles = tl.cdiv(height, BLOCK_M)
@@ -82,12 +89,28 @@ def _gather_reduce(
             left = (left.to(tl.float32) * factor[:, None]).to(a.dtype.element_ty)
         total = tiles.multiply_add(tl.trans(left), right, total, PRECISION)
 
+    if BASED:
+        # Dealt out from the other end: if few rows are live, the first splits have all of those.
+        share = tl.cdiv(tl.cdiv(tokens, splits), BLOCK_K) * BLOCK_K
+        begin = (splits - 1 - split) * share
+        stop = tl.minimum(tokens, begin + share)
+        at = (begin + k).to(tl.int64)[:, None]
+        from_a = base_a + at * height + (of_a % height)[None, :]
+        from_b = base_b + at * width + (of_b % width)[None, :]
+        for start in range(begin, stop, BLOCK_K):
+            there = start + k < stop
+            left = tl.load(from_a, mask=there[:, None], other=0.0)
+            right = tl.load(from_b, mask=there[:, None], other=0.0)
+            total = tiles.multiply_add(tl.trans(left), right, total, PRECISION)
+            from_a += BLOCK_K * tl.cast(height, tl.int64)
+            from_b += BLOCK_K * tl.cast(width, tl.int64)
+
     to = sums + split.to(tl.int64) * height * width + of_a.to(tl.int64)[:, None] * width + of_b[None, :]
     inside = (of_a < height)[:, None] & (of_b < width)[None, :]
     tl.store(to, total.to(sums.dtype.element_ty), mask=inside)
 
 
-_KEY = ["bucket", "height", "width", "splits", "SCALED", "PRECISION"]
+_KEY = ["bucket", "height", "width", "splits", "SCALED", "BASED", "PRECISION"]
 
 
 @functools.cache
@@ -105,8 +128,10 @@ def weight_gradient(
     *,
     transposed: bool = False,
     splits: int | None = None,
+    base: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
-    """dW over the kept rows; see :func:`reference.weight_gradient`.
+    """dW over the kept rows and the base; see :func:`reference.weight_gradient`.
 
     Args:
         dy: [N, O], of any strides.
@@ -116,15 +141,23 @@ def weight_gradient(
         scale: float32 [C], or None.
         transposed: return dW as [I, O].
         splits: among how many programs the rows of a tile are dealt out; None fills the GPU.
+        base: P [T, O], contiguous, in the dtype of ``dy``; or None. What has a base has no scale.
+        inputs: [T, I], contiguous, in the dtype of ``dy``: the inputs of the rows that the base stands for,
+            summed (:func:`base_inputs.sum_dropped`); None together with ``base``.
 
     Returns:
         [O, I] or [I, O], contiguous, in the dtype of ``dy``.
     """
     # (The scale may go to either side of the sum.)
+    assert base is None or (scale is None and inputs is not None)
     a, b = (x, dy) if transposed else (dy, x)
+    tokens, base_a, base_b = 0, a, b
+    if base is not None and inputs is not None:
+        tokens = len(base)
+        base_a, base_b = (inputs, base) if transposed else (base, inputs)
     height, width = a.shape[1], b.shape[1]
     if splits is None:
-        splits = _splits(height, width, len(kept), dy.device)
+        splits = _splits(height, width, len(kept) + tokens, dy.device)
     dtype = dy.dtype if splits == 1 else torch.float32
     sums = torch.empty(splits, height, width, dtype=dtype, device=dy.device)
     if sums.numel() == 0:
@@ -137,9 +170,10 @@ def weight_gradient(
     launch(
         kernel,
         grid,
-        *(a, b, kept, count, count if scale is None else scale, sums, height, width),
-        *(*a.stride(), *b.stride(), choice.bucket(len(kept)), splits),
+        *(a, b, base_a, base_b, kept, count, count if scale is None else scale, sums),
+        *(height, width, *a.stride(), *b.stride(), choice.bucket(len(kept) + tokens), splits, tokens),
         SCALED=scale is not None,
+        BASED=base is not None,
         PRECISION=tiles.precision(),
         GROUP=_GROUP,
     )

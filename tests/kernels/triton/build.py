@@ -27,8 +27,10 @@ CAPABILITIES = (80, 90)
 # Of arguments that are not in the dtype of the gradient, by name.
 TYPES = {"kept": "*i32", "count": "*i32", "slot": "*i64", "scale": "*fp32", "squares": "*fp32", "live": "*i8"}
 TYPES |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32", "before": "*i64"}
-TYPES |= {"ones": "*i32", "mask": "*u8", "bits": "*i8"}
+TYPES |= {"ones": "*i32", "mask": "*u8", "bits": "*i8", "dropped": "*i8"}
+TYPES |= {"scores": "*fp32", "weights": "*fp32", "ranks": "*i32", "above": "*i32", "tally": "*i64"}
 TYPES |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32"}
+TYPES |= {"cap": "fp32", "flops": "i64"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Built:
 
     Attributes:
         sizes: what was known of the tensors' sizes.
+        scaled: whether rows have a scale.
+        based: whether there are rows of a base beside them.
         shared: bytes of shared memory of one program.
         registers: of one thread.
         stack: bytes of one thread; registers that did not fit are spilled there, and nothing else is.
@@ -51,6 +55,7 @@ class Built:
     dtype: str
     precision: str
     scaled: bool
+    based: bool
     capability: int
     shared: int
     registers: int
@@ -69,6 +74,7 @@ class Job:
     dtype: str
     precision: str
     scaled: bool
+    based: bool
     capability: int
     build: Callable[[], dict[str, Any]]
 
@@ -104,7 +110,8 @@ def build(
     from triton.compiler import ASTSource
 
     others = TYPES | (types or {})
-    tensors = {"dy", "w", "base", "products", "a", "b", "sums", "x", "values", "of_features", "of_rows"}
+    tensors = {"dy", "w", "base", "products", "a", "b", "base_a", "base_b", "sums", "x", "values"}
+    tensors |= {"of_features", "of_rows"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
     signature: dict[str, Any] = {}
@@ -156,10 +163,31 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
+def plain(
+    kernel: str, function: Any, constants: dict[str, Any], dtype: str, capability: int, **options: Any
+) -> Job:
+    """A kernel that is not tuned: its tile is what is constant in it."""
+    return Job(
+        kernel=kernel,
+        tile=str(constants),
+        dtype=dtype,
+        precision=constants.get("PRECISION", ""),
+        scaled=constants.get("SCALED", False),
+        based=constants.get("BASED", False),
+        capability=capability,
+        build=functools.partial(build, function, constants, dtype, capability, **options),
+    )
+
+
+# Of the products: rows that are neither, scaled (drawn at random), and those of reuse, which have a base.
+KINDS = {"": (False, False), "scaled": (True, False), "based": (False, True)}
+
+
 def products() -> Iterator[Job]:
-    """The two products: every tile of the lists that they are tuned over, of rows that are scaled (drawn at
-    random) and of rows that are not. What changes little is built once: float16, which is another instruction
-    than bfloat16, with the largest tile; and float32 without tensor cores, which is the same on any GPU."""
+    """The two products: every tile of the lists that they are tuned over, of rows of every kind. What changes
+    little is built once: float16, which is another instruction than bfloat16, with the largest tile; float32
+    of rows that have a base, with the larger one; and float32 without tensor cores, which is the same on any
+    GPU."""
     from sparse_compile.kernels.triton import input_gradient, tiles, weight_gradient
 
     kernels = (
@@ -167,14 +195,24 @@ def products() -> Iterator[Job]:
         ("gather_reduce", weight_gradient._gather_reduce),
     )
     for (name, kernel), capability in itertools.product(kernels, CAPABILITIES):
-        half = tiles.HALF[capability]
-        modes = [("bf16", "ieee", scaled, config) for config in half for scaled in (False, True)]
-        modes += [("fp32", "tf32", name == "gather_reduce", config) for config in tiles.SINGLE]
+        half, single = tiles.HALF[capability], tiles.SINGLE
+        modes = [("bf16", "ieee", kind, config) for config in half for kind in KINDS]
+        modes += [("fp32", "tf32", "scaled" if name == "gather_reduce" else "", config) for config in single]
+        modes += [("fp32", "tf32", "based", single[-1])]
         if capability == 90:
-            modes += [("fp16", "ieee", True, half[0])]
-            modes += [("fp32", "ieee", name == "gather_matmul", config) for config in tiles.SINGLE]
-        for dtype, precision, scaled, config in modes:
-            constants = {**config.kwargs, "SCALED": scaled, "PRECISION": precision, "GROUP": 8}
+            modes += [("fp16", "ieee", "scaled", half[0]), ("fp32", "ieee", "based", single[-1])]
+            modes += [
+                ("fp32", "ieee", "scaled" if name == "gather_matmul" else "", config) for config in single
+            ]
+        for dtype, precision, kind, config in modes:
+            scaled, based = KINDS[kind]
+            constants = {
+                **config.kwargs,
+                "SCALED": scaled,
+                "BASED": based,
+                "PRECISION": precision,
+                "GROUP": 8,
+            }
             if name == "gather_matmul":
                 constants["EVEN_K"] = True
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -185,69 +223,60 @@ def products() -> Iterator[Job]:
                 dtype=dtype,
                 precision=precision,
                 scaled=scaled,
+                based=based,
                 capability=capability,
                 build=functools.partial(build, kernel, constants, dtype, capability, **options),
             )
 
 
 def others() -> Iterator[Job]:
-    """Statistics and compaction."""
-    from sparse_compile.kernels.triton import compaction, neighbours, row_stats
+    """Statistics, choosing rows, compaction, and the sums that go with a base; once more for sizes that are
+    ones, and for any, on one GPU."""
+    from sparse_compile.kernels.triton import base_inputs, compaction, draw, largest, neighbours, row_stats
 
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
+    scored = {**block, "SMALLEST": row_stats.SMALLEST}
+    drawn = {"ROUNDS": draw.ROUNDS, "BLOCK": draw._BLOCK}
+    summed = {"BLOCK_SAMPLES": base_inputs._SAMPLES, "BLOCK_COLUMNS": base_inputs._COLUMNS}
     chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
         ("row_stats", row_stats._row_stats, {**block, "BASED": False}, {}),
         ("live_rows", row_stats._live_rows, block, {}),
+        ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": True}, {}),
+        ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": False}, {}),
+        ("draw", draw._draw, {**drawn, "CAPPED": False, "SLOTS": True}, {"num_warps": draw._WARPS}),
+        ("draw", draw._draw, {**drawn, "CAPPED": True, "SLOTS": False}, {"num_warps": draw._WARPS}),
+        ("largest", largest._largest, largest.CONSTANTS, {"num_warps": largest._WARPS}),
+        ("tally_rows", compaction._tally_rows, {"ZERO": True}, {"num_warps": 1}),
+        ("sum_dropped", base_inputs._sum_dropped, summed, {}),
         ("keep_of_four", neighbours._keep_of_four, {"KEEP": 2, "BLOCK": neighbours._BLOCK}, {}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}, {"num_warps": 16}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": False}, {"num_warps": 16}),
     ]
-    targets = [("bf16", 80), ("bf16", 90), ("fp32", 90)]
-    for (name, kernel, constants, options), (dtype, capability) in itertools.product(chosen, targets):
-        yield Job(
-            kernel=name,
-            tile=str(constants),
-            dtype=dtype,
-            precision="",
-            scaled=False,
-            capability=capability,
-            build=functools.partial(build, kernel, constants, dtype, capability, **options),
-        )
+    for (name, kernel, constants, options), (dtype, capability) in itertools.product(
+        chosen, [("bf16", 80), ("bf16", 90), ("fp32", 90)]
+    ):
+        yield plain(name, kernel, constants, dtype, capability, **options)
+    for (name, kernel, constants, options), sizes in itertools.product(chosen, ("ones", "any")):
+        yield plain(name, kernel, constants, "bf16", 90, sizes=sizes, **options)
 
 
 def odd_sizes() -> Iterator[Job]:
-    """Everything once more for sizes that are ones, and for any, on one GPU with one tile."""
-    from sparse_compile.kernels.triton import (
-        compaction,
-        input_gradient,
-        neighbours,
-        row_stats,
-        tiles,
-        weight_gradient,
-    )
+    """The products once more for sizes that are ones, and for any, on one GPU with one tile."""
+    from sparse_compile.kernels.triton import input_gradient, tiles, weight_gradient
 
-    config = tiles.HALF[90][-1]
-    tile = {**config.kwargs, "SCALED": True, "PRECISION": "ieee", "GROUP": 8}
-    block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
-    kernels: list[tuple[str, Any, dict[str, Any]]] = [
-        ("gather_matmul", input_gradient._gather_matmul, {**tile, "EVEN_K": False}),
-        ("gather_reduce", weight_gradient._gather_reduce, tile),
-        ("row_stats", row_stats._row_stats, {**block, "BASED": True}),
-        ("live_rows", row_stats._live_rows, block),
-        ("keep_of_four", neighbours._keep_of_four, {"KEEP": 2, "BLOCK": neighbours._BLOCK}),
-        ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}),
-    ]
-    for (name, kernel, constants), sizes in itertools.product(kernels, ("ones", "any")):
-        yield Job(
-            kernel=name,
-            tile=str(constants),
-            dtype="bf16",
-            precision="ieee",
-            scaled=True,
-            capability=90,
-            build=functools.partial(build, kernel, constants, "bf16", 90, sizes=sizes),
-        )
+    for kind, sizes in itertools.product(("scaled", "based"), ("ones", "any")):
+        scaled, based = KINDS[kind]
+        tile = {
+            **tiles.HALF[90][-1].kwargs,
+            "SCALED": scaled,
+            "BASED": based,
+            "PRECISION": "ieee",
+            "GROUP": 8,
+        }
+        wide = {**tile, "EVEN_K": False}
+        yield plain("gather_matmul", input_gradient._gather_matmul, wide, "bf16", 90, sizes=sizes)
+        yield plain("gather_reduce", weight_gradient._gather_reduce, tile, "bf16", 90, sizes=sizes)
 
 
 def packing() -> Iterator[Job]:
@@ -272,17 +301,7 @@ def packing() -> Iterator[Job]:
         ]
         integers = "i32" if form.bits == torch.int32 else "i16"
         for (name, kernel, constants, options), (sizes, capability) in itertools.product(chosen, targets):
-            yield Job(
-                kernel=name,
-                tile=str(constants),
-                dtype=integers,
-                precision="",
-                scaled=False,
-                capability=capability,
-                build=functools.partial(
-                    build, kernel, constants, integers, capability, sizes=sizes, **options
-                ),
-            )
+            yield plain(name, kernel, constants, integers, capability, sizes=sizes, **options)
 
 
 def attention() -> Iterator[Job]:
@@ -333,6 +352,7 @@ def _walk(
         dtype=dtype,
         precision=precision,
         scaled=False,
+        based=False,
         capability=capability,
         build=functools.partial(
             build,
@@ -353,19 +373,9 @@ def _prepared() -> Iterator[Job]:
 
     targets = [("multiples of 16", capability) for capability in CAPABILITIES] + [("ones", 90), ("any", 90)]
     for dtype, (sizes, capability) in itertools.product(("bf16", "fp32"), targets):
-        weighted = dtype == "bf16"
-        constants = {"WEIGHTED": weighted, "ROWS": attention._PREPARED, "WIDTH": 128}
-        yield Job(
-            kernel="prepare",
-            tile=str(constants),
-            dtype=dtype,
-            precision="",
-            scaled=weighted,
-            capability=capability,
-            build=functools.partial(
-                build, attention._prepare, constants, dtype, capability, sizes=sizes, types=_heads(dtype)
-            ),
-        )
+        constants = {"WEIGHTED": dtype == "bf16", "ROWS": attention._PREPARED, "WIDTH": 128}
+        types = _heads(dtype)
+        yield plain("prepare", attention._prepare, constants, dtype, capability, sizes=sizes, types=types)
 
 
 def everything() -> list[Job]:

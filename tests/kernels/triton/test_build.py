@@ -24,7 +24,7 @@ TENSOR_CORES = {80: ["mma.sync"], 90: ["wgmma.mma_async"]}
 
 @pytest.fixture(scope="module")
 def built() -> list[Built]:
-    """In a process of its own: in this one, kernels may be interpreted. 80 s of one core, once; Triton keeps
+    """In a process of its own: in this one, kernels may be interpreted. 140 s of one core, once; Triton keeps
     what it compiled."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     program = Path(__file__).with_name("build.py")
@@ -34,7 +34,17 @@ def built() -> list[Built]:
 
 
 def test_every_kernel_was_built_for_every_target(built: list[Built]) -> None:
-    kernels = {"gather_matmul", "gather_reduce", "row_stats", "live_rows", "compact", "keep_of_four"}
+    kernels = {
+        "gather_matmul",
+        "gather_reduce",
+        "row_stats",
+        "live_rows",
+        "compact",
+        "keep_of_four",
+        "scores",
+    }
+    kernels |= {"sum_dropped"}
+    kernels |= {"draw", "largest", "tally_rows"}
     kernels |= {"count_digits", "choose_digit", "count_kept", "pack", "count_ones", "unpack"}
     kernels |= {"pack_bits", "unpack_bits", "prepare", "key_gradients", "query_gradients"}
     assert {(b.kernel, b.capability) for b in built} == {(name, c) for name in kernels for c in (80, 90)}
@@ -80,10 +90,11 @@ def test_products_copy_ahead_of_what_they_multiply(built: list[Built]) -> None:
     assert not [b for b in products if not b.copies]
 
 
-def test_every_tile_was_built_for_rows_that_are_scaled_and_for_others(built: list[Built]) -> None:
-    """Both kinds are tuned over the whole list: rows that are drawn have a scale."""
+def test_every_tile_was_built_for_rows_of_every_kind(built: list[Built]) -> None:
+    """All are tuned over the whole list: rows that are drawn have a scale, those of reuse a base."""
     products = [b for b in built if b.kernel in PRODUCTS[:2] and b.dtype == "bf16"]
     even = [b for b in products if b.sizes == "multiples of 16"]
-    which = [{(b.kernel, b.tile, b.capability) for b in even if b.scaled is s} for s in (True, False)]
-    assert which[0] == which[1]
+    kinds = [(False, False), (True, False), (False, True)]
+    which = [{(b.kernel, b.tile, b.capability) for b in even if (b.scaled, b.based) == k} for k in kinds]
+    assert which[0] == which[1] == which[2]
     assert len(which[0]) == 2 * (3 + 4)

@@ -17,7 +17,16 @@ pytest.importorskip("triton")
 from kernels.triton.build import TYPES
 from sparse_compile import Reuse, Sample, Schedule, device_linear
 from sparse_compile.kernels import choice, on_device, triton
-from sparse_compile.kernels.triton import compaction, input_gradient, row_stats, tiles, weight_gradient
+from sparse_compile.kernels.triton import (
+    base_inputs,
+    compaction,
+    draw,
+    input_gradient,
+    largest,
+    row_stats,
+    tiles,
+    weight_gradient,
+)
 from sparse_compile.linear_site import LinearSite
 
 FOLDER = Path(triton.__file__).parent
@@ -105,7 +114,7 @@ def test_what_runs_is_what_is_built(
                 assert found[name] == TYPES[name], name
         triton.launch(kernel, grid, *arguments, **options)
 
-    for module in (compaction, input_gradient, row_stats, weight_gradient):
+    for module in (base_inputs, compaction, draw, input_gradient, largest, row_stats, weight_gradient):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
     monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
@@ -117,3 +126,6 @@ def test_what_runs_is_what_is_built(
         site.linear_backward(dy, x, w, tokens=4, phase=phase, dw_transposed=False)
     assert {"kept", "count"} <= found.keys()
     assert ("scale" in found) == isinstance(method, Sample)
+    assert ("dropped" in found) == isinstance(method, Reuse)
+    assert ("weights" in found) == isinstance(method, Sample)
+    assert "tally" in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,16 @@ SIZES = [  # N, O, I
 ]
 # Of the rows: none, one, some, all.
 COUNTS = (0.0, 0.01, 0.4, 1.0)
+BASED_SIZES = [  # B, T, O, I, C
+    (4, 9, 45, 29, 20),
+    (3, 1, 17, 70, 1),
+    (2, 33, 32, 48, 32),
+    (3, 16, 130, 3, 16),
+    (5, 20, 1, 1, 40),
+    (3, 7, 29, 45, 13),
+    (3, 4, 9, 5, 0),
+    (4, 40, 17, 33, 110),  # more tiles than stand side by side
+]
 
 
 @dataclasses.dataclass
@@ -48,6 +59,42 @@ def case(
     kept = torch.randperm(n, device=device).int()
     count = torch.tensor([-int(-share * n // 1)], dtype=torch.int32, device=device)
     return Case(dy, x, w, kept, count, torch.rand(n, device=device) + 0.5)
+
+
+@dataclasses.dataclass
+class BasedCase(Case):
+    """With a base P [T, O], Σ dropped X [T, I], and room for fewer rows than there are."""
+
+    base: Tensor
+    inputs: Tensor
+
+    def products(self) -> Tensor:
+        return input_gradient(self.dy, self.w, self.kept, self.count, base=self.base)
+
+    def wanted_products(self) -> Tensor:
+        return reference.input_gradient(self.dy, self.w, self.kept, self.count, base=self.base)
+
+    def dw(self, **options: Any) -> Tensor:
+        of_base = {"base": self.base, "inputs": self.inputs}
+        return weight_gradient(self.dy, self.x, self.kept, self.count, **of_base, **options)
+
+    def wanted_dw(self, **options: Any) -> Tensor:
+        of_base = {"base": self.base, "inputs": self.inputs}
+        return reference.weight_gradient(self.dy, self.x, self.kept, self.count, **of_base, **options)
+
+
+def based_case(
+    size: tuple[int, int, int, int, int],
+    share: float,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> BasedCase:
+    samples, tokens, outputs, inputs, capacity = size
+    c = case((samples * tokens, outputs, inputs), 1.0, device, dtype)
+    kept = c.kept[:capacity].contiguous()
+    count = torch.tensor([-int(-share * capacity // 1)], dtype=torch.int32, device=device)
+    base, of_base = (torch.randn(tokens, m, device=device).to(dtype) for m in (outputs, inputs))
+    return BasedCase(c.dy, c.x, c.w, kept, count, c.scale, base, of_base)
 
 
 def assert_no_worse(ours: Tensor, truth: Tensor, dense: Tensor) -> None:
@@ -127,18 +174,89 @@ def test_low_precision_is_no_worse_than_the_dense_products(
         )
 
 
-@pytest.mark.parametrize("layout", ["column-major", "every other row", "expanded"])
+@pytest.mark.parametrize("size", BASED_SIZES)
+@pytest.mark.parametrize("share", COUNTS)
+def test_input_gradient_with_a_base(
+    size: tuple[int, int, int, int, int],
+    share: float,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind all slots of kept rows, and nothing else is written."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    c = based_case(size, share, device)
+    capacity, count, tokens = len(c.kept), int(c.count), len(c.base)
+    torch.use_deterministic_algorithms(True)  # what is empty holds NaNs
+    try:
+        products = c.products()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wanted = c.wanted_products()
+    assert len(wanted) == count + tokens + 1
+    torch.testing.assert_close(products[:count], wanted[:count], rtol=1e-5, atol=1e-5)
+    of_base = products[capacity : capacity + tokens]
+    torch.testing.assert_close(of_base, wanted[count:-1], rtol=1e-5, atol=1e-5)
+    assert not products[-1].any()
+    assert products[count:capacity].isnan().all()
+    assert products[capacity + tokens : -1].isnan().all()
+
+
+@pytest.mark.parametrize("size", BASED_SIZES)
+@pytest.mark.parametrize("share", COUNTS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_weight_gradient_with_a_base(
+    size: tuple[int, int, int, int, int],
+    share: float,
+    transposed: bool,
+    splits: int | None,
+    device: torch.device,
+) -> None:
+    c = based_case(size, share, device)
+    dw, wanted = c.dw(transposed=transposed, splits=splits), c.wanted_dw(transposed=transposed)
+    assert dw.is_contiguous()
+    torch.testing.assert_close(dw, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision_with_a_base_is_no_worse_than_the_dense_products(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of the kept rows and the base, one under the other."""
+    c = based_case((3, 20, 90, 50, 35), 0.6, device, dtype)
+    capacity, count = len(c.kept), int(c.count)
+    rows = c.kept[:count].long()
+    gradients, inputs = torch.cat([c.dy[rows], c.base]), torch.cat([c.x[rows], c.inputs])
+    products = c.products()
+    assert_no_worse(
+        torch.cat([products[:count], products[capacity : capacity + len(c.base)]]),
+        gradients.double() @ c.w.double(),
+        gradients @ c.w,
+    )
+    for transposed in (False, True):
+        truth, dense = gradients.double().t() @ inputs.double(), gradients.t() @ inputs
+        assert_no_worse(
+            c.dw(transposed=transposed, splits=2),
+            truth.t() if transposed else truth,
+            dense.t() if transposed else dense,
+        )
+
+
+LAYOUTS = ("column-major", "every other row", "expanded")
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    if layout == "column-major":
+        return matrix.t().contiguous().t()
+    if layout == "every other row":
+        return torch.stack([matrix, matrix + 1], 1)[:, 0]
+    return matrix[:1].expand_as(matrix)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_the_operands_do_not_matter(layout: str, device: torch.device) -> None:
     c = case((37, 45, 29), 0.5, device)
-
-    def laid_out(matrix: Tensor) -> Tensor:
-        if layout == "column-major":
-            return matrix.t().contiguous().t()
-        if layout == "every other row":
-            return torch.stack([matrix, matrix + 1], 1)[:, 0]
-        return matrix[:1].expand_as(matrix)
-
-    dy, x, w = map(laid_out, (c.dy, c.x, c.w))
+    dy, x, w = (laid_out(matrix, layout) for matrix in (c.dy, c.x, c.w))
     count = int(c.count)
     torch.testing.assert_close(
         input_gradient(dy, w, c.kept, c.count)[:count],
@@ -147,6 +265,43 @@ def test_strides_of_the_operands_do_not_matter(layout: str, device: torch.device
     torch.testing.assert_close(
         weight_gradient(dy, x, c.kept, c.count), reference.weight_gradient(dy, x, c.kept, c.count)
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter_with_a_base(layout: str, device: torch.device) -> None:
+    c = based_case((4, 9, 45, 29, 20), 0.5, device)
+    c.dy, c.x, c.w = (laid_out(matrix, layout) for matrix in (c.dy, c.x, c.w))
+    products, wanted, count = c.products(), c.wanted_products(), int(c.count)
+    torch.testing.assert_close(products[:count], wanted[:count])
+    torch.testing.assert_close(products[20:29], wanted[count:-1])
+    torch.testing.assert_close(c.dw(splits=2), c.wanted_dw())
+
+
+def test_with_a_base_too_what_is_beyond_the_count_is_not_read(device: torch.device) -> None:
+    c = based_case((4, 9, 45, 29, 20), 0.5, device)
+    count = int(c.count)
+    rest = c.kept[count:].long()
+    c.dy[rest], c.x[rest] = torch.nan, torch.nan
+    products = c.products()
+    assert products[:count].isfinite().all()
+    assert products[20:29].isfinite().all()
+    for splits in (1, 3):
+        assert c.dw(splits=splits).isfinite().all()
+
+
+def test_of_a_base_what_is_not_finite_reaches_the_gradients(device: torch.device) -> None:
+    c = based_case((4, 9, 45, 29, 20), 0.5, device)
+    c.base[2, 3] = torch.nan
+    assert c.products()[20:29].isnan().all(1).nonzero().squeeze(1).tolist() == [2]
+    assert c.dw().isnan().all(1).nonzero().squeeze(1).tolist() == [3]
+
+
+def test_what_has_a_base_has_no_scale(device: torch.device) -> None:
+    c = based_case((4, 9, 45, 29, 20), 0.5, device)
+    with pytest.raises(AssertionError):
+        input_gradient(c.dy, c.w, c.kept, c.count, c.scale[:20], c.base)
+    with pytest.raises(AssertionError):
+        c.dw(scale=c.scale[:20])
 
 
 def test_what_is_beyond_the_count_is_not_read(device: torch.device) -> None:
@@ -194,6 +349,8 @@ def test_the_same_sum_in_every_run(device: torch.device) -> None:
     c = case((200, 45, 29), 0.9, device)
     first, second = (weight_gradient(c.dy, c.x, c.kept, c.count, splits=3) for _ in range(2))
     assert torch.equal(first, second)
+    based = based_case((4, 50, 45, 29, 60), 0.9, device)
+    assert torch.equal(based.dw(splits=3), based.dw(splits=3))
 
 
 @pytest.mark.parametrize("size", [(0, 4, 5), (4, 4, 0)])

@@ -1,0 +1,232 @@
+"""Drawing: k rows at random, with probability in proportion to a score; see ``methods/sample.py``.
+
+    p_i = min(1, rate · s_i)       with the rate at which Σ p_i = k
+    drawn: the rows that hold u, u + 1, … u + k − 1 on a line on which the p_i lie end to end, in random order
+    weight_i = 1 / p_i             or 1 for all, if no more than k rows have a score
+
+One program makes a draw, from scores to an index buffer: a launch where eager PyTorch takes sixty. It walks
+over the N scores, which stay in cache, a few times:
+
+    rate     rows that are certain (p = 1) leave the others less to share; until there are no more of them
+    draw     along the line. Places in it are computed: a random order is a Feistel network (Luby and Rackoff,
+             1988) over the numbers of as many bits as N has; those beyond N have no length
+    compact  the drawn rows, ascending; then, if there are fewer than k, rows that have no score
+
+Lengths on the line are whole multiples of 2⁻⁴⁰, of which sums are exact: where one block of rows ends, the
+next begins. (In float32, sums would be off by more than the p_i of many rows. A row with p below 2⁻⁴¹ is not
+drawn.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_compile.kernels.triton import launch
+
+_BLOCK = 2048
+_WARPS = 16
+ROUNDS = 6  # of the Feistel network
+
+
+@triton.jit
+def _hashed(x):
+    # 32 bits, each of which depends on all 32 of x (Wellons' lowbias32).
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _shuffled(x, key, low, high, ROUNDS: tl.constexpr):
+    # The place of number x, uint32, of low + high bits in a random order.
+    lower_bits = (tl.full((), 1, tl.uint32) << low) - 1
+    upper_bits = (tl.full((), 1, tl.uint32) << high) - 1
+    lower = x & lower_bits
+    upper = x >> low
+    for turn in tl.static_range(ROUNDS):
+        mixed = _hashed(tl.full((), turn, tl.uint32) + key)
+        if turn % 2 == 0:
+            lower ^= _hashed(upper ^ mixed) & lower_bits
+        else:
+            upper ^= _hashed(lower ^ mixed) & upper_bits
+    return (upper << low) | lower
+
+
+@triton.jit
+def _rate(scores, n, k, BLOCK: tl.constexpr):
+    # Of more than k scores above zero: the rate, and that of the step before, at which rows are certain if
+    # their score times it is 1. Also how many are above zero, and whether all are finite.
+    none = tl.zeros((BLOCK,), tl.float64)
+    alive = 0
+    certain = -1
+    before = -2
+    total = tl.full((), 0.0, tl.float64)
+    sure_at = tl.full((), 0.0, tl.float64)
+    rate = tl.full((), 0.0, tl.float64)
+    while certain > before:
+        # With these rows certain, the others share what is left of k.
+        before = certain
+        sure_at = rate
+        sums, rest = none, none
+        sure, above = none.to(tl.int32), none.to(tl.int32)
+        for start in range(0, n, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            s = tl.load(scores + rows, mask=rows < n, other=0.0).to(tl.float64)
+            sums += s
+            rest += tl.where(s * rate >= 1, 0.0, s)
+            sure += (s * rate >= 1).to(tl.int32)
+            above += (s != 0).to(tl.int32)
+        total = tl.sum(sums, axis=0)
+        left = tl.sum(rest, axis=0)
+        certain = tl.sum(sure, axis=0)
+        alive = tl.sum(above, axis=0)
+        rate = (k - certain).to(tl.float64) / tl.where(left > 0, left, 1.0)
+    return alive, sure_at, rate, total < float("inf")
+
+
+@triton.jit(do_not_specialize=["k", "key_0", "key_1", "start_0", "start_1", "low", "high", "places"])
+def _draw(
+    scores,
+    kept,
+    scale,
+    count,
+    slot,
+    weights,
+    above,
+    tally,
+    n,
+    k,
+    key_0,
+    key_1,
+    start_0,
+    start_1,
+    low,
+    high,
+    places,
+    cap,
+    CAPPED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    draw = tl.program_id(0)
+    scores += draw.to(tl.int64) * n
+    weights += draw.to(tl.int64) * n
+    kept += draw.to(tl.int64) * k
+    scale += draw.to(tl.int64) * k
+    key = tl.where(draw == 0, key_0, key_1).to(tl.uint32)
+    first = tl.where(draw == 0, start_0, start_1).to(tl.int64) << 9  # in units of 2⁻⁴⁰
+    alive, sure_at, rate, finite = _rate(scores, n, k, BLOCK)
+
+    line = tl.full((), 0, tl.int64)
+    for start in range(0, places, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        row = _shuffled(place.to(tl.uint32), key, low, high, ROUNDS).to(tl.int32)
+        there = (place < places) & (row < n)
+        s = tl.load(scores + row, mask=there, other=0.0).to(tl.float64)
+        p = tl.where(s * sure_at >= 1, 1.0, tl.minimum(s * rate, 1.0))
+        length = (p * 1099511627776.0 + 0.5).to(tl.int64)
+        end = line + tl.cumsum(length, axis=0)
+        # Readings first, first + 2⁴⁰, … that lie before a place on the line.
+        drawn = ((end - 1 - first) >> 40) > ((end - length - 1 - first) >> 40)
+        weight = tl.where(drawn, 1 / tl.where(drawn, p, 1.0), 0.0)
+        if CAPPED:
+            weight = tl.minimum(weight, cap)
+        weight = tl.where(alive > k, weight, (s != 0).to(tl.float64))
+        # What is not finite has no probabilities. It must reach the gradients, for a GradScaler to see.
+        weight = tl.where(finite, weight, tl.where(row < k, float("nan"), 0.0))
+        tl.store(weights + row, weight.to(tl.float32), mask=there)
+        line += tl.sum(length, axis=0)
+    tl.debug_barrier()
+
+    chosen = tl.minimum(alive, k)
+    found = 0
+    without = 0
+    for start in range(0, n, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        there = rows < n
+        weight = tl.load(weights + rows, mask=there, other=0.0)
+        drawn = weight != 0
+        place = found + tl.cumsum(drawn.to(tl.int32), axis=0) - 1
+        drawn = drawn & (place < k)
+        tl.store(kept + place, rows, mask=drawn)
+        tl.store(scale + place, weight, mask=drawn)
+        if SLOTS and draw == 0:
+            tl.store(slot + rows, tl.where(drawn, place, n - 1).to(tl.int64), mask=there)
+        # What fills the buffer has no weight; no two entries are the same.
+        spare = there & (tl.load(scores + rows, mask=there, other=1.0) == 0)
+        behind = chosen + without + tl.cumsum(spare.to(tl.int32), axis=0) - 1
+        tl.store(kept + behind, rows, mask=spare & (behind < k))
+        tl.store(scale + behind, tl.zeros((BLOCK,), tl.float32), mask=spare & (behind < k))
+        found += tl.sum(drawn.to(tl.int32), axis=0)
+        without += tl.sum(spare.to(tl.int32), axis=0)
+    # Sums of rounded lengths may fall short of the last reading, once in a hundred million draws.
+    tl.store(kept + found, 0, mask=found < chosen)
+    tl.store(scale + found, 0.0, mask=found < chosen)
+    tl.store(count + draw, found)
+    tl.store(above + draw, alive)
+    if draw == 0:
+        tl.store(tally, tl.load(tally) + (n - alive))
+
+
+def draw(
+    scores: Tensor,
+    k: int,
+    cap: float | None,
+    numbers: list[tuple[int, int]],
+    *,
+    slots: bool,
+    tally: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One draw by each row of ``scores``; see :func:`reference.draw`.
+
+    Args:
+        scores: s, float32 [D, N], contiguous, none negative; D is 1 or 2.
+        k: how many rows are drawn, from 1 to N.
+        cap: on the weights, or None.
+        numbers: for each draw the key of its order and u · 2³¹, both from 0 to 2³¹ − 1.
+        slots: whether ``slot`` is wanted, of the first draw.
+        tally: int64, to whose first number the rows without a score are added, of the first draw.
+
+    Returns:
+        kept int32 [D, k], ascending; then rows without a score.
+        scale float32 [D, k]: their weights, zero for those without a score.
+        count int32 [D]: how many of these have one.
+        slot int64 [N]: where in ``kept`` a row stands, or N − 1 if it does not; or empty.
+        weights float32 [D, N]: the weight of every row, zero if it was not drawn.
+        alive int32 [D]: how many of the N rows have a score.
+    """
+    draws, n = scores.shape
+    device = scores.device
+    kept = torch.empty(draws, k, dtype=torch.int32, device=device)
+    scale = torch.empty(draws, k, dtype=torch.float32, device=device)
+    count = torch.empty(draws, dtype=torch.int32, device=device)
+    slot = torch.empty(n if slots else 0, dtype=torch.int64, device=device)
+    weights = torch.empty(draws, n, dtype=torch.float32, device=device)
+    alive = torch.empty(draws, dtype=torch.int32, device=device)
+    (key_0, start_0), (key_1, start_1) = numbers[0], numbers[-1]
+    bits = max(2, (n - 1).bit_length())
+    launch(
+        _draw,
+        (draws,),
+        *(scores, kept, scale, count, slot if slots else tally, weights, alive, tally, n, k),
+        *(
+            key_0,
+            key_1,
+            start_0,
+            start_1,
+            bits // 2,
+            bits - bits // 2,
+            1 << bits,
+            0.0 if cap is None else cap,
+        ),
+        CAPPED=cap is not None,
+        SLOTS=slots,
+        ROUNDS=ROUNDS,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
+    return kept, scale, count, slot, weights, alive
