@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels import on_device
 from sparse_compile.memory import Use
 from sparse_compile.methods import sample
 from sparse_compile.methods.rows import number_kept
@@ -14,12 +15,17 @@ from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
+from sparse_compile.tally import Tally
 
 
 class BlockSite(Site):
     """The boundary behind one block; see :class:`Site`. Its shape is (B,), its rows are samples."""
 
     _draws = 0
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self._tally = Tally()
 
     def weights(self, squares: Tensor, *, phase: Phase | None, use: Use = (0, 0)) -> Tensor:
         """What the gradient of each sample is to be multiplied by, [B].
@@ -31,34 +37,55 @@ class BlockSite(Site):
         """
         self.shape = tuple(squares.shape)
         self.method = "exact"
+        setting = None if phase is None else phase.blocks
+        share = 1.0 if phase is None else self.keep(phase)
+        measured = setting is not None and phase is not None and self.controller.measures(phase.step)
+        self.counters.backwards += 1
+        self.counters.rows += len(squares)
+        if on_device.usable(squares) and not measured:
+            return self._on_device(squares, setting, share, use)
         # One number a sample: a GPU is waited for once, and all else is done by the host.
         device, squares = squares.device, squares.cpu()
         live = computed = int(squares.count_nonzero())
         weights = torch.ones_like(squares)
-        setting = None if phase is None else phase.blocks
-        share = 1.0 if phase is None else self.keep(phase)
-        measured = setting is not None and phase is not None and self.controller.measures(phase.step)
         # What is not finite must reach the gradient, where a GradScaler looks for it.
         if setting is not None and (measured or share < 1.0) and bool(squares.sum().isfinite()):
             norms = squares.sqrt()
-            draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
-            self._draws += 1
+            draw = self._next_draw(use)
             if measured:
                 if not (self.left_alone or self.held_back):  # else nothing is dropped here, whatever is seen
                     self.controller.observe_samples(self.name, norms, draw)
             else:
                 self.method = setting.method
-                clip = setting.clip if isinstance(setting, Sample) else None
-                kept = sample.rows(norms, number_kept(share, len(norms)), clip, draw)
+                kept = sample.rows(norms, number_kept(share, len(norms)), _cap(setting), draw)
                 computed = kept.computed
                 self.controller.dropped(live - computed, len(norms))
                 weights = torch.zeros_like(squares)
                 weights[kept.kept] = 1.0 if kept.scale is None else kept.scale.to(weights)
-        self.counters.backwards += 1
-        self.counters.rows += len(squares)
         self.counters.rows_zero += len(squares) - live
         self.counters.rows_computed += computed
         return weights.to(device)
+
+    def _on_device(
+        self, squares: Tensor, setting: Sample | Adaptive | None, share: float, use: Use
+    ) -> Tensor:
+        """As :meth:`weights`, with nothing that waits for the GPU. Of how many samples there is a gradient
+        only the GPU knows: those that go on are counted as if there were enough."""
+        tally, n = self._tally.on(squares.device), len(squares)
+        if setting is None or share == 1.0 or n == 0:
+            self.counters.rows_computed += n
+            tally[:2] += (squares == 0).sum()
+            return torch.ones_like(squares)
+        self.method = setting.method
+        k, draw = number_kept(share, n), self._next_draw(use)
+        self.controller.dropped(n - k, n)
+        self.counters.rows_computed += k
+        numbers = (draw.number(), draw.number())
+        return on_device.drawn_weights(squares.sqrt(), k, _cap(setting), numbers, tally)
+
+    def _next_draw(self, use: Use) -> sample.Draw:
+        self._draws += 1
+        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
 
     def keep(self, phase: Phase) -> float:
         """The share of the samples that goes on. A fixed K means K^((n − i)/n) behind block i of n (from 0):
@@ -70,6 +97,11 @@ class BlockSite(Site):
         index, count = self.block or (0, 1)
         return round(cast(float, phase.blocks.keep) ** ((count - index) / count), 6)
 
+    def settle(self) -> None:
+        zero, skipped, _ = self._tally.settle()
+        self.counters.rows_zero += zero
+        self.counters.rows_computed -= skipped
+
     def forget(self) -> None:
         """There is nothing remembered."""
 
@@ -78,3 +110,7 @@ class BlockSite(Site):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._draws = state.get("draws", 0)
+
+
+def _cap(setting: Sample | Adaptive) -> float | None:
+    return setting.clip if isinstance(setting, Sample) else None

@@ -66,7 +66,7 @@ class DeviceAttention:
     def draw(self, do: Tensor, forward: CudaFused, keep: float, clip: float | None, draw: Draw) -> Queries:
         """round(keep · B · T) rows drawn by ‖dO_t‖ over all heads; see :mod:`methods.attention`."""
         b, _, t, _ = do.shape
-        numbers = [(draw.number(), draw.number())]
+        numbers = (draw.number(), draw.number())
         tally = self._tally.on(do.device)
         weights = on_device.drawn_queries(do, number_kept(keep, b * t), clip, numbers, tally)
         return Queries(weights != 0, weights, keep)

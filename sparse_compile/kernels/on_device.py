@@ -118,17 +118,24 @@ def live_queries(do: Tensor) -> Tensor:
     return live_rows(do.reshape(b * h * t, d)).view(b, h, t).any(1)
 
 
-def drawn_queries(
-    do: Tensor, k: int, cap: float | None, numbers: list[tuple[int, int]], tally: Tensor
-) -> Tensor:
+def drawn_queries(do: Tensor, k: int, cap: float | None, numbers: tuple[int, int], tally: Tensor) -> Tensor:
     """The weights [B, T] of the k query rows of ``do`` [B, H, T, D] that are drawn by ‖dO_t‖ over all heads,
     zero for the others; see ``triton/draw.py``."""
-    from sparse_compile.kernels.triton.draw import draw
     from sparse_compile.kernels.triton.row_stats import scores
 
     b, h, t, d = do.shape
-    found = scores(do.transpose(1, 2).reshape(b * t, h * d), None)
-    return draw(found, k, cap, numbers, slots=False, tally=tally)[4].view(b, t)
+    (norms,) = scores(do.transpose(1, 2).reshape(b * t, h * d), None)
+    return drawn_weights(norms, k, cap, numbers, tally).view(b, t)
+
+
+def drawn_weights(
+    scores: Tensor, k: int, cap: float | None, numbers: tuple[int, int], tally: Tensor
+) -> Tensor:
+    """The weights [N] of k drawn by ``scores``, float32 [N], zero for the others; see ``triton/draw.py``."""
+    from sparse_compile.kernels.triton.draw import draw
+
+    (weights,) = draw(scores.unsqueeze(0), k, cap, [numbers], slots=False, tally=tally)[4]
+    return weights
 
 
 def attention_backward(

@@ -10,6 +10,7 @@ read, and the packing of what is saved for a backward.
     weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
     neighbours.py        the n largest of every four neighbours of dY − P
     attention.py         attention's backward over the query rows in the buffer
+    launcher.py          how a kernel is launched, with little of the host's time
     tiles.py             the tile sizes that these are tuned over
     select.py            the k-th largest magnitude of every sample
     pack.py              a bit for every entry, and the kept values one after the other; and back
@@ -24,12 +25,14 @@ tested where there is no GPU is said in CONTRIBUTING.md.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-from typing import Any
 
 import torch
+
+from sparse_compile.kernels.triton.launcher import current, launch
+
+__all__ = ["DTYPES", "cdiv", "current", "installed", "launch"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,15 +43,6 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """In which ``device`` is the current one, where Triton launches and events are recorded. To change it
-    takes microseconds; mostly it is that already."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
-    """Run ``kernel`` on the GPU of its first argument. Every launch goes through here."""
-    with current(arguments[0].device):
-        kernel[grid](*arguments, **options)
+def cdiv(number: int, size: int) -> int:
+    """How many blocks of a size hold so many. (``triton.cdiv`` takes 2 µs on the host.)"""
+    return -(-number // size)

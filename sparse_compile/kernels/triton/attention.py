@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import choice
-from sparse_compile.kernels.triton import launch, tiles
+from sparse_compile.kernels.triton import cdiv, launch, tiles
 
 _PREPARED = 32  # rows of one program of _prepare
 
@@ -359,7 +359,7 @@ def attention(
     width = max(16, triton.next_power_of_2(d))
     launch(
         _prepare,
-        (b * h * triton.cdiv(capacity, _PREPARED),),
+        (b * h * cdiv(capacity, _PREPARED),),
         *(do, out, lse, kept, count, count if weight is None else weight, delta, shift),
         *(h, t, capacity, d, do.stride(), out.stride(), lse.stride()),
         WEIGHTED=weight is not None,
@@ -372,19 +372,19 @@ def attention(
     strides = [x.stride() for x in (do, q, k, v)] + [(0, 0, 0, 0) if mask is None else mask.stride()]
     scale = 1 / math.sqrt(d) if scale is None else scale
     sizes = (h, groups, keys, capacity, d, scale)
-    constants = {"CAUSAL": causal, "PRECISION": tiles.precision(), "WIDTH": width}
+    constants = {"CAUSAL": causal, "PRECISION": tiles.precision(q.dtype), "WIDTH": width}
     constants |= {"MASKED": mask is not None, "ALIKE": mask is not None and mask.stride(2) == 0}
     bucket = choice.bucket(max(capacity, keys))
     kind = (q.dtype == torch.float32, width > tiles.NARROW, tiles.generation(q.device))
     launch(
         _tuned("rows", *kind),
-        lambda tile: (b * groups * triton.cdiv(keys, tile["KEYS"]),),
+        lambda tile: (b * groups * cdiv(keys, tile["KEYS"]),),
         *(*operands, dk, dv, *sizes, *strides, dk.stride(), dv.stride(), bucket),
         **constants,
     )
     launch(
         _tuned("keys", *kind),
-        lambda tile: (b * h * triton.cdiv(capacity, tile["ROWS"]),),
+        lambda tile: (b * h * cdiv(capacity, tile["ROWS"]),),
         *(*operands, dq, *sizes, *strides, dq.stride(), bucket),
         **constants,
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.triton import launch
+from sparse_compile.kernels.triton import cdiv, launch
 
 _SAMPLES = 16
 _COLUMNS = 128
@@ -70,7 +70,7 @@ def sum_dropped(x: Tensor, dropped: Tensor, tokens: int) -> Tensor:
         return sums
     launch(
         _sum_dropped,
-        (tokens * triton.cdiv(inputs, _COLUMNS),),
+        (tokens * cdiv(inputs, _COLUMNS),),
         *(x, dropped.view(torch.int8), sums, n // tokens, tokens, inputs, *x.stride()),
         BLOCK_SAMPLES=_SAMPLES,
         BLOCK_COLUMNS=_COLUMNS,

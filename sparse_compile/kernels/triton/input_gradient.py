@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import choice
-from sparse_compile.kernels.triton import launch, tiles
+from sparse_compile.kernels.triton import cdiv, launch, tiles
 
 _GROUP = 8
 
@@ -160,8 +160,8 @@ def input_gradient(
         dy = dy if dy.stride(1) == 1 else dy.contiguous()
 
     def grid(tile: dict[str, int]) -> tuple[int]:
-        tiles_of_rows = triton.cdiv(capacity, tile["BLOCK_M"]) + triton.cdiv(tokens, tile["BLOCK_M"])
-        return (max(1, tiles_of_rows) * triton.cdiv(inputs, tile["BLOCK_N"]),)
+        tiles_of_rows = cdiv(capacity, tile["BLOCK_M"]) + cdiv(tokens, tile["BLOCK_M"])
+        return (max(1, tiles_of_rows) * cdiv(inputs, tile["BLOCK_N"]),)
 
     kernel = _tuned(dy.dtype == torch.float32, tiles.generation(dy.device))
     launch(
@@ -172,7 +172,7 @@ def input_gradient(
         choice.bucket(capacity + tokens),
         SCALED=scale is not None,
         BASED=base is not None,
-        PRECISION=tiles.precision(),
+        PRECISION=tiles.precision(dy.dtype),
         GROUP=_GROUP,
     )
     return products

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.triton import launch
+from sparse_compile.kernels.triton import cdiv, launch
 
 _BLOCK = 32
 
@@ -85,7 +85,7 @@ def keep_of_four(dy: Tensor, base: Tensor, live: Tensor, keep: int) -> tuple[Ten
     of_features, of_rows = dy.new_empty(n, outputs), dy.new_empty(outputs, n)
     launch(
         _keep_of_four,
-        (max(1, triton.cdiv(n, _BLOCK)), max(1, triton.cdiv(outputs, _BLOCK))),
+        (max(1, cdiv(n, _BLOCK)), max(1, cdiv(outputs, _BLOCK))),
         *(dy, base, live.view(torch.int8), of_features, of_rows),
         *(n, outputs, len(base), *dy.stride()),
         KEEP=keep,

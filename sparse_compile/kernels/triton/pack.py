@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.pack import centered
-from sparse_compile.kernels.triton import launch
+from sparse_compile.kernels.triton import cdiv, launch
 from sparse_compile.kernels.triton.select import FORMATS, key_of, kth_largest
 
 _BLOCK = 2048  # entries; a multiple of 8, and less than 2¹⁶
@@ -158,11 +158,11 @@ def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[
     threshold, room = kth_largest(flat, k)
     form = FORMATS[x.dtype]
     bits = flat.view(form.bits)
-    blocks = triton.cdiv(n, _BLOCK)
+    blocks = cdiv(n, _BLOCK)
     grid = (samples * blocks,)
     counts = torch.empty(2, samples, blocks, dtype=torch.int32, device=x.device)
     launch(_count_kept, grid, bits, threshold, counts, n, blocks, **form.constants, BLOCK=_BLOCK)
-    mask = torch.empty(samples, triton.cdiv(n, 8), dtype=torch.uint8, device=x.device)
+    mask = torch.empty(samples, cdiv(n, 8), dtype=torch.uint8, device=x.device)
     values = torch.empty(samples * k, dtype=x.dtype, device=x.device)
     launch(
         _pack,
@@ -177,7 +177,7 @@ def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[
 def unpack(mask: Tensor, values: Tensor, entries: int) -> Tensor:
     """As :func:`kernels.pack.unpack`, for dtypes in ``FORMATS``; both tensors contiguous."""
     samples = len(mask)
-    blocks = triton.cdiv(entries, _BLOCK)
+    blocks = cdiv(entries, _BLOCK)
     grid = (samples * blocks,)
     ones = torch.empty(samples, blocks, dtype=torch.int32, device=mask.device)
     launch(_count_ones, grid, mask, ones, entries, blocks, BLOCK=_BLOCK)
@@ -193,8 +193,8 @@ def unpack(mask: Tensor, values: Tensor, entries: int) -> Tensor:
 def pack_bits(bits: Tensor) -> Tensor:
     """As :func:`kernels.pack.pack_bits`."""
     samples, n = bits.shape
-    blocks = triton.cdiv(n, _BLOCK)
-    mask = torch.empty(samples, triton.cdiv(n, 8), dtype=torch.uint8, device=bits.device)
+    blocks = cdiv(n, _BLOCK)
+    mask = torch.empty(samples, cdiv(n, 8), dtype=torch.uint8, device=bits.device)
     launch(_pack_bits, (samples * blocks,), bits.contiguous().view(torch.int8), mask, n, blocks, BLOCK=_BLOCK)
     return mask
 
@@ -202,7 +202,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 def unpack_bits(mask: Tensor, entries: int) -> Tensor:
     """As :func:`kernels.pack.unpack_bits`; ``mask`` contiguous."""
     samples = len(mask)
-    blocks = triton.cdiv(entries, _BLOCK)
+    blocks = cdiv(entries, _BLOCK)
     bits = torch.empty(samples, entries, dtype=torch.bool, device=mask.device)
     launch(_unpack_bits, (samples * blocks,), mask, bits.view(torch.int8), entries, blocks, BLOCK=_BLOCK)
     return bits

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.triton import launch
+from sparse_compile.kernels.triton import cdiv, launch
 
 _ROWS = 8
 _COLUMNS = 128
@@ -142,7 +142,7 @@ def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     live = torch.empty(n, dtype=torch.int8, device=dy.device)
     launch(
         _row_stats,
-        (max(1, triton.cdiv(n, _ROWS)),),
+        (max(1, cdiv(n, _ROWS)),),
         *(dy, dy if base is None else base, squares, live),
         *(n, outputs, 1 if base is None else len(base), *dy.stride()),
         BASED=base is not None,
@@ -158,7 +158,7 @@ def live_rows(dy: Tensor) -> Tensor:
     live = torch.empty(n, dtype=torch.int8, device=dy.device)
     launch(
         _live_rows,
-        (max(1, triton.cdiv(n, _ROWS)),),
+        (max(1, cdiv(n, _ROWS)),),
         *(dy, live, n, outputs, *dy.stride()),
         BLOCK_ROWS=_ROWS,
         BLOCK_COLUMNS=_COLUMNS,
@@ -182,7 +182,7 @@ def scores(dy: Tensor, x: Tensor | None, *, norm: bool = True) -> Tensor:
     other = dy if x is None else x
     launch(
         _scores,
-        (max(1, triton.cdiv(n, _ROWS)),),
+        (max(1, cdiv(n, _ROWS)),),
         *(dy, other, found, n, dy.shape[1], other.shape[1], *dy.stride(), *other.stride()),
         SMALLEST=SMALLEST,
         NORM=norm,

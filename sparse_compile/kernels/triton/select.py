@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.triton import launch
+from sparse_compile.kernels.triton import cdiv, launch
 
 _BLOCK = 4096
 _ROUNDS = 4  # blocks of one program, whose counts are added up in registers
@@ -123,7 +123,7 @@ def kth_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     threshold = torch.zeros(samples, dtype=torch.int32, device=x.device)
     room = torch.full((samples,), k, device=x.device)
     totals = torch.zeros(samples, _BINS, dtype=torch.int64, device=x.device)
-    spans = triton.cdiv(n, _BLOCK * _ROUNDS)
+    spans = cdiv(n, _BLOCK * _ROUNDS)
     shift = sum(form.digits)
     for width in form.digits:
         shift -= width

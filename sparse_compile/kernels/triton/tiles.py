@@ -100,6 +100,9 @@ def tuned(
     return triton.autotune(smallest if INTERPRETED.value else configs, key)(kernel)
 
 
-def precision() -> str:
-    """How float32 is to be multiplied: as PyTorch does it, in tf32 where the user allows that."""
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is to be multiplied: as PyTorch does it, in tf32 where the user allows that. (Of no other
+    dtype it says anything.)"""
+    if dtype != torch.float32:
+        return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import choice
-from sparse_compile.kernels.triton import launch, tiles
+from sparse_compile.kernels.triton import cdiv, launch, tiles
 
 _GROUP = 8
 # What a split is worth: fewer rows than this are not divided any further.
@@ -164,7 +164,7 @@ def weight_gradient(
         return sums[0]
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:
-        return (triton.cdiv(height, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]), splits)
+        return (cdiv(height, tile["BLOCK_M"]) * cdiv(width, tile["BLOCK_N"]), splits)
 
     kernel = _tuned(dy.dtype == torch.float32, tiles.generation(dy.device))
     launch(
@@ -174,7 +174,7 @@ def weight_gradient(
         *(height, width, *a.stride(), *b.stride(), choice.bucket(len(kept) + tokens), splits, tokens),
         SCALED=scale is not None,
         BASED=base is not None,
-        PRECISION=tiles.precision(),
+        PRECISION=tiles.precision(dy.dtype),
         GROUP=_GROUP,
     )
     return sums[0] if splits == 1 else sums.sum(0).to(dy.dtype)
@@ -182,7 +182,7 @@ def weight_gradient(
 
 def _splits(height: int, width: int, rows: int, device: torch.device) -> int:
     """So many that two tiles fall to each multiprocessor, if there are rows enough to share."""
-    tiles_of_dw = max(1, triton.cdiv(height, 128) * triton.cdiv(width, 128))
+    tiles_of_dw = max(1, cdiv(height, 128) * cdiv(width, 128))
     wanted = 2 * _multiprocessors(device) // tiles_of_dw
     return max(1, min(wanted, rows // _ROWS_PER_SPLIT, _MOST_SPLITS))
 
