@@ -46,6 +46,7 @@ TESTS = (
     "tests/kernels/triton/test_neighbours.py",
     "tests/test_semi_structured.py",
     "tests/test_device_attention.py",
+    "tests/test_device_attention_pays.py",
     "tests/test_device_moves.py",
     "tests/test_pack_ops.py",
 )

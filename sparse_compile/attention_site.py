@@ -79,7 +79,7 @@ class AttentionSite(Site):
         device.by_kernel = forward.by_kernel
         if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or self.held_back:
             method = None
-        elif not self._pays(method):
+        elif not device.pays(method, do, forward) or not self._pays(method):
             self._memories.clear()
             method = None
         self.method = "exact" if method is None else method.method
@@ -114,8 +114,11 @@ class AttentionSite(Site):
             gradients = device.backward(do, forward, queries)
         else:
             queries, rows = device.choose(do, means["do"], method.keep)
-            gradients = device.backward(do, forward, queries)
-            gradients = attention.fill_in(gradients, rows, means, on_device.live_queries(gradients[2]))
+
+            def fill_in(some: kernel.Gradients) -> kernel.Gradients:
+                return attention.fill_in(some, rows, means, on_device.live_queries(some[2]))
+
+            gradients = device.backward(do, forward, queries, fill_in)
         if self._memories.due(use, method.refresh_every):
             renewed = attention.means_for_rows(do, gradients, self._sample(method, use))
             self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
@@ -129,10 +132,10 @@ class AttentionSite(Site):
             self.counters.flops_backward -= flops
 
     def _pays(self, method: Reuse | Sample) -> bool:
-        """Whether ``method`` is to be done: not if some rows would cost more than all. (Single entries never
-        save time; they are there for comparisons. The costs are those of a CPU, on every device.)"""
-        if self._cannot(method):
-            return False
+        """Whether ``method`` is to be done: not if some rows would cost more than all; a CPU estimates that,
+        a GPU has measured it. (Single entries never save time; they are there for comparisons.)"""
+        if self._device is not None:
+            return not (self._cannot(method) or self._device.slower)
         size = (self._rows, self._keys, self.shape[3])
         if isinstance(method, Sample):
             return attention.sampling_pays(cast(float, method.keep), *size, stored=self._stored)

@@ -1,8 +1,8 @@
 """Launching a kernel, with as little of the host's time as can be.
 
 A backward at keep 0.25 has a layer's products done in some 30 µs of an H100, for which Triton takes some
-20 µs of the host to launch each: it asks what the kernel was tuned to, and binds and classifies all arguments,
-each time anew. What comes of that is remembered here, by sizes and strides, dtypes, and whether addresses are
+20 of the host to launch each: it asks what the kernel was tuned to, and binds and classifies arguments, anew
+each time. What comes of that is remembered here, by sizes and strides, dtypes, and whether addresses are
 multiples of 16. A kernel that was built is then called itself, with all of its arguments, as in Triton's own
 tutorial of the fused softmax.
 """
