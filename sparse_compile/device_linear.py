@@ -132,7 +132,7 @@ class DeviceLinear:
         draws a few more or less, as unbiased.)"""
         if self._live is None:
             self._live = Later((dy != 0).any(1).sum())
-        return min(len(dy), self._live.read())
+        return min(len(dy), int(self._live.read()))
 
     def draw(
         self, dy: Tensor, x: Tensor | None, k: int, cap: float | None, draw: Draw, *, for_dx: bool

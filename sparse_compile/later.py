@@ -25,8 +25,8 @@ class Later:
             # On that GPU's stream, which need not be the current one.
             self._event.record(torch.cuda.current_stream(number.device))
 
-    def read(self) -> int:
+    def read(self) -> float:
         """The number; waits until it has arrived."""
         if self._event is not None:
             self._event.synchronize()
-        return int(self._host)
+        return self._host.item()
