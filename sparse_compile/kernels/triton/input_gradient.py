@@ -2,6 +2,7 @@
 
     products_j       = scale_j · dY_(kept_j) · W      j < count
     products_(C + t) = P_t · W                        of reuse: the base, behind the C slots of kept rows
+    products_j       = X_(kept_j) · Wᵀ + b            in a forward, of which X is dY's place and Wᵀ W's
     products_N       = 0                              where every row of dX that is not computed points to
 
 Each program makes one tile of the products. Tiles are numbered over the *live* rows, whose number is read
@@ -34,6 +35,7 @@ def _gather_matmul(
     kept,
     count,
     scale,
+    bias,
     products,
     n,
     outputs,
@@ -47,6 +49,7 @@ def _gather_matmul(
     bucket,  # for the tuner alone
     SCALED: tl.constexpr,
     BASED: tl.constexpr,
+    BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -109,6 +112,8 @@ def _gather_matmul(
         from_w += BLOCK_K * tl.cast(w_row, tl.int64)
     if SCALED:
         total *= tl.load(scale + places, mask=there, other=0.0).to(tl.float32)[:, None]
+    if BIASED:
+        total += tl.load(bias + columns, mask=columns < inputs, other=0.0).to(tl.float32)[None, :]
 
     slots = places + slot if BASED else places
     to = products + slots.to(tl.int64)[:, None] * inputs + columns[None, :]
@@ -116,7 +121,7 @@ def _gather_matmul(
     tl.store(to, total.to(products.dtype.element_ty), mask=inside)
 
 
-_KEY = ["bucket", "outputs", "inputs", "SCALED", "BASED", "PRECISION"]
+_KEY = ["bucket", "outputs", "inputs", "SCALED", "BASED", "BIASED", "PRECISION"]
 _even = triton.heuristics({"EVEN_K": lambda given: given["outputs"] % given["BLOCK_K"] == 0})
 
 
@@ -133,6 +138,7 @@ def input_gradient(
     count: Tensor,
     scale: Tensor | None = None,
     base: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The products of the kept rows, and of the base; see :func:`reference.input_gradient`.
 
@@ -144,6 +150,7 @@ def input_gradient(
         scale: float32 [C], or None.
         base: P [T, O], contiguous, in the dtype of ``dy``, with C + T < N; or None. What has a base has no
             scale.
+        bias: [I], contiguous, added to each product; or None.
 
     Returns:
         [N, I]: products, in the order of ``kept``; then rows that are not written; from C on the products of
@@ -167,11 +174,13 @@ def input_gradient(
     launch(
         kernel,
         grid,
-        *(dy, dy if base is None else base, w, kept, count, count if scale is None else scale, products),
+        *(dy, dy if base is None else base, w, kept, count, count if scale is None else scale),
+        *(dy if bias is None else bias, products),
         *(n, outputs, inputs, capacity, tokens, *dy.stride(), *w.stride()),
         choice.bucket(capacity + tokens),
         SCALED=scale is not None,
         BASED=base is not None,
+        BIASED=bias is not None,
         PRECISION=tiles.precision(dy.dtype),
         GROUP=_GROUP,
     )

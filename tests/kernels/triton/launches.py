@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """What reaches a GPU's launcher, with no GPU: kernels are built for sm_90, and a driver that does nothing is
 told what to launch. JSON on stdout; see test_launcher.py.
 
@@ -10,9 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+
+import from_source
+
+from_source.prepare()  # where the package is not installed
 
 import torch
 import triton
