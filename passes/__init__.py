@@ -124,7 +124,7 @@ def source_hash() -> str:
     """A hash of what a rewritten graph depends on, for the keys of compile caches: the passes' own source,
     the ops that they insert and the form of the manifest."""
     package = Path(sites.__file__).parent
-    ours = ("ops.py", "pack_ops.py", "lowerings.py", "sites.py", "methods/prune.py")
+    ours = ("ops.py", "forward_ops.py", "pack_ops.py", "lowerings.py", "sites.py", "methods/prune.py")
     paths = [*sorted(Path(__file__).parent.glob("*.py")), *(package / name for name in ours)]
     sources = [path.read_bytes() for path in paths]
     return hashlib.sha256(b"\0".join([torch.__version__.encode(), *sources])).hexdigest()

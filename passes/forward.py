@@ -5,9 +5,19 @@
 becomes, with ``needed`` bool [N] from ``passes/needed.py``,
 
     forward    y = sparse_compile.linear_forward(token, X, W, b, needed, site)
+
+and on a GPU, where the number of such rows would have to be waited for,
+
+    forward    slots   = sparse_compile.needed_slots(token, needed, site)         once for each mask
+               rows, i = sparse_compile.linear_forward_rows(token, X, W, b, *slots, site)
+               y       = rows[i]                                                  fused with what reads Y
+    backward   … = sparse_compile.linear_backward(token, …, needed=slots)
 """
 
 from __future__ import annotations
+
+import math
+import operator
 
 import torch
 from sparse_compile.passes import graph as g
@@ -18,6 +28,10 @@ from sparse_compile.passes.needed import rows_needed
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
+
+_CPU, _GPU = ("cpu",), ("cuda",)
+# FLOPs of a product, below which a GPU takes longer to be asked than to multiply: an H100 does 2e9 in 3 µs.
+_WORTH_ASKING = 2e9
 
 
 def rewrite_forwards(
@@ -43,12 +57,15 @@ def rewrite_forwards(
         The ops that were put in, and the op of the backward of each; their site numbers are not set yet. And
         the ops of both kinds that were replaced once more, and by what.
     """
-    # On other devices the number of rows would have to be waited for.
-    products = [each for each in linears if each.meta["val"].device.type == "cpu" and not each.kwargs]
+    products = [each for each in linears if _is_worth_it(each) and not each.kwargs]
     if not products:
         return {}, {}
     masks = Masks(graph, after=token, below=below)
     all_needed, needed = rows_needed(graph, products, masks, below, loss_only=loss_only)
+    if any(_device(product) in _GPU for product in needed):
+        ops = _rewrite_on_gpu(graph, needed, linears, token)
+        masks.erase_unused()
+        return ops, {}
     ops = {_rewrite(graph, product, mask, token): linears[product] for product, mask in needed.items()}
     replaced = {}
     if compact:
@@ -58,14 +75,69 @@ def rewrite_forwards(
     return ops, replaced
 
 
-def _rewrite(graph: Graph, product: Node, needed: Node, token: Node) -> Node:
+def _is_worth_it(product: Node) -> bool:
+    if _device(product) in _GPU:
+        sizes = (*g.shape_of(product), g.shape_of(g.operands(product)[0])[1])
+        # Where a size is not known, it may be any.
+        return not all(isinstance(size, int) for size in sizes) or 2 * math.prod(sizes) >= _WORTH_ASKING
+    return _device(product) in _CPU
+
+
+def _device(node: Node) -> str:
+    return str(node.meta["val"].device.type)
+
+
+def _operands(graph: Graph, product: Node) -> tuple[Node, Node, Node | None]:
+    """X [N, I], W [O, I] and b [O] of a linear, at the graph's insertion point."""
     x, weight = g.operands(product)
-    bias = product.args[0] if product.target is aten.addmm.default else None
+    root, transposed = g.strip_transposes(weight)
+    w = root if transposed else g.call(graph, aten.permute.default, root, [1, 0], like=product)
+    return x, w, product.args[0] if product.target is aten.addmm.default else None  # type: ignore[return-value]
+
+
+def _rewrite(graph: Graph, product: Node, needed: Node, token: Node) -> Node:
+    op = torch.ops.sparse_compile.linear_forward.default
     with graph.inserting_before(product):
-        root, transposed = g.strip_transposes(weight)
-        w = root if transposed else g.call(graph, aten.permute.default, root, [1, 0], like=product)
-        op = torch.ops.sparse_compile.linear_forward.default
-        y = g.call(graph, op, token, x, w, bias, needed, NO_SITE, like=product)
+        y = g.call(graph, op, token, *_operands(graph, product), needed, NO_SITE, like=product)
     product.replace_all_uses_with(y)
     graph.erase_node(product)
     return y
+
+
+def _rewrite_on_gpu(
+    graph: Graph, needed: dict[Node, Node], linears: dict[Node, Node], token: Node
+) -> dict[Node, Node]:
+    """The ops that were put in for linears with a mask in ``needed``, and the op of the backward of each."""
+    ops = {}
+    slots: dict[Node, list[Node]] = {}
+    for product, mask in needed.items():
+        if mask not in slots:
+            with graph.inserting_after(mask):
+                made = g.call(
+                    graph, torch.ops.sparse_compile.needed_slots.default, token, mask, NO_SITE, like=mask
+                )
+            ops[made] = linears[product]
+            slots[mask] = _results(graph, made, 5)
+        kept, count, slot, copies, skip = slots[mask]
+        forward = torch.ops.sparse_compile.linear_forward_rows.default
+        with graph.inserting_before(product):
+            operands = (*_operands(graph, product), kept, count, slot, copies, skip)
+            op = g.call(graph, forward, token, *operands, NO_SITE, like=product)
+        rows, index = _results(graph, op, 2)
+        with graph.inserting_before(product):
+            y = g.call(graph, aten._unsafe_index.Tensor, rows, [index], like=product)
+        product.replace_all_uses_with(y)
+        graph.erase_node(product)
+        ops[op] = linears[product]
+        backward = linears[product]
+        backward.kwargs = {**backward.kwargs, "needed": [kept, count, slot, skip]}
+    return ops
+
+
+def _results(graph: Graph, op: Node, count: int) -> list[Node]:
+    """What an op returns, one by one, behind it."""
+    found: list[Node] = []
+    for i in range(count):
+        with graph.inserting_after(found[-1] if found else op):
+            found.append(g.call(graph, operator.getitem, op, i, like=op))
+    return found

@@ -12,12 +12,14 @@ On the CPU a site looks at its rows and then decides. Here looking means to wait
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from sparse_compile.device_forward import Needed
 from sparse_compile.kernels import choice, on_device, semi_structured, triton
 from sparse_compile.kernels import linear as aten
 from sparse_compile.later import Later
@@ -44,7 +46,12 @@ T = TypeVar("T")
 
 
 class DeviceLinear:
-    """What a site of a linear keeps for its GPU. Attributes: ``kernel``, what its last products ran on."""
+    """What a site of a linear keeps for its GPU.
+
+    Attributes:
+        kernel: what its last products ran on.
+        needed: the rows that the forward of this backward needed, or None: nobody knows.
+    """
 
     @classmethod
     def of(cls, dy: Tensor, last: DeviceLinear | None, settle: Callable[[], None]) -> DeviceLinear | None:
@@ -59,6 +66,7 @@ class DeviceLinear:
 
     def __init__(self, where: tuple[torch.device, torch.dtype] | None = None) -> None:
         self.kernel = ""
+        self.needed: Needed | None = None
         self._where = where
         self._asked: tuple[object, ...] | None = None
         self._lacks = (False, False)  # whether X was not there in the last backward, and W
@@ -69,7 +77,14 @@ class DeviceLinear:
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 
     def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
-        """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay."""
+        """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay. Where the
+        forward knew the rows that are needed, it is those."""
+        if self.needed is not None:
+            rows = self.needed.rows
+            assert rows.slot is not None
+            return dataclasses.replace(
+                rows, slot=rows.slot.clone()
+            )  # an op must not return what it was given
         if 4 * dy.numel() * inputs < _WORTH_LOOKING:
             return None
         if not self._looks.due():
@@ -233,7 +248,7 @@ class DeviceLinear:
         if not isinstance(estimate, Rows):
             return ("dense",)
         if estimate.padded:
-            return ("live", round(8 * self._looks.alive))
+            return ("live", round(8 * (self._looks.alive if self.needed is None else self.needed.share)))
         tokens = 0 if estimate.base is None else choice.bucket(len(estimate.base))
         return ("kept", choice.bucket(len(estimate.kept)), tokens, estimate.scale is None)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparse_compile.device_forward import DeviceForward, Needed
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.looks import Looks
@@ -33,6 +34,7 @@ class LinearSite(Site):
 
     Attributes:
         rotated: where its weight gradient goes if the graph hands it over, or None.
+        on_device: its forwards on a GPU.
     """
 
     def __init__(self, name: str, **settings: Any) -> None:
@@ -46,6 +48,7 @@ class LinearSite(Site):
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
         self.rotated: RotatedWeight | None = None
+        self.on_device = DeviceForward()
 
     def linear_forward(
         self,
@@ -87,6 +90,7 @@ class LinearSite(Site):
         handed_over: bool = False,
         rows: Tensor | None = None,
         total: int = 0,
+        on_gpu: Needed | None = None,
     ) -> tuple[kernel.DistinctRows | None, Tensor | None]:
         """(dX, dW) of a linear; None for the one that is not asked for. dX comes as its distinct rows.
 
@@ -101,6 +105,7 @@ class LinearSite(Site):
             use: whose base it is.
             forward: whose rows are needed: a second backward of one graph must not take those of a newer one.
             handed_over: give dW to ``rotated``, and return None for it.
+            on_gpu: the rows that the forward needed, on a GPU.
         """
         needed = self._needed.pop(use)[1] if self._needed.get(use, (None,))[0] == forward else None
         measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
@@ -130,6 +135,8 @@ class LinearSite(Site):
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, dy.shape[1])
         self._device = DeviceLinear.of(dy, self._device, self.settle)
+        if self._device is not None:
+            self._device.needed = on_gpu
         method = None if phase is None or measured or self.held_back else phase.linear
         zero: int
         estimates: Estimates
@@ -381,6 +388,9 @@ class LinearSite(Site):
             self.counters.rows_zero += zero
             self.counters.rows_computed -= skipped
             self.counters.flops_backward -= flops
+        unneeded, flops = self.on_device.settle()
+        self.counters.rows_unneeded += unneeded
+        self.counters.flops_forward -= flops
 
     def forget(self) -> None:
         self._memory.clear()

@@ -18,13 +18,7 @@
     Where the graph carries few rows (``passes/compact.py``), ``rows`` int64 [n] says which of ``total`` they
     are, dY and X are [n, O] and [n, I], and so is dX; all other rows of dY are zero.
 
-``needed_rows(needed) -> rows``, ``row_slots(rows, total) -> slots``
-    needed bool [N]; rows int64 [n], ascending, those that are needed (and up to two more, since n is at least
-    2); slots int64 [N], of each row its place among them, or -1.
-
-``linear_forward(token, x, w, bias, needed, site) -> y``
-    the forward of a linear, Y [N, O], of which only some rows are needed. X [N, I], W [O, I], bias [O] or
-    None, needed bool [N]. In the place of the others Y holds one that is needed; see ``passes/forward.py``.
+``forward_ops.py`` has those that leave rows out of a forward.
 
 ``fused_attention_backward(token, site, do, q, k, v, out, lse, causal, mask, scale) -> (dq, dk, dv)``
     the gradients of ``_scaled_dot_product_flash_attention_for_cpu``, with its results O and log-sum-exp. dO,
@@ -61,11 +55,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.fake_impl import allocate_size
 
+from sparse_compile import forward_ops as _forward_ops  # noqa: F401  (registers the ops of the forward)
 from sparse_compile import runtime
 from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
+from sparse_compile.device_forward import Needed
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.kernels.attention import Forward
 from sparse_compile.kernels.attention_chain import Chain
@@ -74,8 +69,6 @@ from sparse_compile.kernels.attention_fused import Fused
 from sparse_compile.kernels.attention_fused import empty as empty_heads
 from sparse_compile.linear_site import LinearSite
 
-_FEWEST = 2  # rows of `needed_rows`: sizes 0 and 1 are special to compilers
-
 _library = torch.library.Library("sparse_compile", "DEF")
 _library.define(
     "begin(Tensor anchor, str manifest) -> Tensor",
@@ -83,16 +76,11 @@ _library.define(
 )
 _library.define(
     "linear_backward(Tensor token, Tensor dy, Tensor? x, Tensor? w, int site, SymInt tokens,"
-    " bool dw_transposed, bool handed_over=False, bool dx_whole=False, Tensor? rows=None, SymInt total=0)"
+    " bool dw_transposed, bool handed_over=False, bool dx_whole=False, Tensor? rows=None, SymInt total=0,"
+    " Tensor[]? needed=None)"
     " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
-_library.define(
-    "linear_forward(Tensor token, Tensor x, Tensor w, Tensor? bias, Tensor needed, int site) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
-)
-_library.define("needed_rows(Tensor needed) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
-_library.define("row_slots(Tensor rows, SymInt total) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
 _library.define(
     "fused_attention_backward(Tensor token, int site, Tensor do, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, bool causal, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
@@ -142,6 +130,7 @@ def _linear_backward(
     dx_whole: bool = False,
     rows: Tensor | None = None,
     total: int = 0,
+    needed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     numbers = token.tolist()
     layer, use, phase = runtime.find(numbers, site) or (LinearSite("?"), (0, 0), None)
@@ -156,6 +145,7 @@ def _linear_backward(
         handed_over=handed_over,
         rows=rows,
         total=total,
+        on_gpu=None if needed is None else Needed.given(*needed),
     )
     distinct, index = (dy.new_empty(0), None) if dx is None else dx
     if dx_whole:
@@ -163,16 +153,6 @@ def _linear_backward(
     if index is None:
         index = torch.arange(0 if dx_whole else len(distinct), device=dy.device)
     return distinct, index, dy.new_empty(0) if dw is None else dw
-
-
-@torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
-def _linear_forward(
-    token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
-) -> Tensor:
-    numbers = token.tolist()
-    layer, use = runtime.site(numbers, site) or (LinearSite("?"), (0, 0))
-    assert isinstance(layer, LinearSite)
-    return layer.linear_forward(x, w, bias, needed, use=use, forward=numbers[3])
 
 
 @torch.library.impl(_library, "fused_attention_backward", "CompositeExplicitAutograd")
@@ -269,13 +249,6 @@ def _linear_backward_fake(
     return rows, index, dy.new_empty(shape)
 
 
-@torch.library.register_fake("sparse_compile::linear_forward")
-def _linear_forward_fake(
-    token: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, needed: Tensor, site: int
-) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[0])
-
-
 @torch.library.register_fake("sparse_compile::fused_attention_backward")
 def _fused_attention_backward_fake(
     token: Tensor, site: int, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
@@ -303,35 +276,6 @@ def _attention_backward_fake(
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), kt.new_empty(kt.shape), v.new_empty(v.shape)
-
-
-@torch.library.impl(_library, "needed_rows", "CompositeExplicitAutograd")
-def _needed_rows(needed: Tensor) -> Tensor:
-    rows = needed.nonzero().squeeze(1)
-    if len(rows) >= _FEWEST:
-        return rows
-    others = (~needed).nonzero().squeeze(1)
-    return torch.cat([rows, others[: _FEWEST - len(rows)]]).sort().values
-
-
-@torch.library.register_fake("sparse_compile::needed_rows")
-def _needed_rows_fake(needed: Tensor) -> Tensor:
-    # Not `new_dynamic_size`: it asks for `capture_dynamic_output_shape_ops`, a setting for the user's own.
-    most = needed.shape[0] if isinstance(needed.shape[0], int) else None
-    count = allocate_size(torch.library.get_ctx()._shape_env, _FEWEST, most)
-    return needed.new_empty(count, dtype=torch.int64)
-
-
-@torch.library.impl(_library, "row_slots", "CompositeExplicitAutograd")
-def _row_slots(rows: Tensor, total: int) -> Tensor:
-    slots = rows.new_full((total,), -1)
-    slots[rows] = torch.arange(len(rows), device=rows.device)
-    return slots
-
-
-@torch.library.register_fake("sparse_compile::row_slots")
-def _row_slots_fake(rows: Tensor, total: int) -> Tensor:
-    return rows.new_empty(total)
 
 
 @torch.library.impl(_library, "sample_weights", "CompositeExplicitAutograd")

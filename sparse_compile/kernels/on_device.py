@@ -41,6 +41,25 @@ def live_rows(dy: Tensor) -> Rows:
     return Rows(kept, count=count, slot=slot, padded=True)
 
 
+def needed_slots(needed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kept, count, slot and copies of the rows with ``needed``, bool [N]; see ``device_forward.py``."""
+    from sparse_compile.kernels.triton.compaction import compact
+
+    kept, count, slot = compact(needed.contiguous())
+    # Of none there is no copy, but the row of zeros.
+    return kept, count, slot, torch.where(needed, slot, torch.where(count > 0, 0, len(needed) - 1))
+
+
+def forward_of_rows(x: Tensor, w: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+    """X · Wᵀ + b, with X [N, I] and W [O, I], of ``rows``, which have a count: [N, O], in their order; then
+    rows that are not written; then, if there are fewer than N, a row of zeros."""
+    from sparse_compile.kernels.triton.input_gradient import input_gradient
+
+    assert rows.count is not None
+    bias = None if bias is None else bias.contiguous()
+    return input_gradient(x, w.t(), rows.kept, rows.count, bias=bias)
+
+
 def row_stats(dy: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """‖dY_i − P_t‖² in float32 [N], and which rows of dY are not zero, bool [N]."""
     from sparse_compile.kernels.triton.row_stats import row_stats

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_compile.kernels.triton import launch
 from sparse_compile.kernels.triton.select import FORMATS, key_of
 
-_BLOCK = 4096
+_BLOCK = 2048
 _WARPS = 16
 _FORM = FORMATS[torch.float32]
 # What is not a number is larger than what is infinite.

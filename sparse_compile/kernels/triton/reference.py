@@ -96,8 +96,9 @@ def input_gradient(
     count: Tensor,
     scale: Tensor | None = None,
     base: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Products [count + T + 1, I]: scale_j · dY_(kept_j) · W in float32, then P · W, then a row of zeros.
+    """Products [count + T + 1, I]: scale_j · dY_(kept_j) · W (+ b) in float32, P · W, and a row of zeros.
 
     (The kernel puts those of the base behind all slots of ``kept``, and the last row at N − 1, if it is not
     taken. It leaves the rows between as they are.)
@@ -106,6 +107,8 @@ def input_gradient(
     products = dy[rows].float() @ w.float()
     if scale is not None:
         products *= scale[: int(count)].float().unsqueeze(1)
+    if bias is not None:
+        products += bias.float()
     of_base = products[:0] if base is None else base.float() @ w.float()
     return torch.cat([products, of_base, products.new_zeros(1, w.shape[1])])
 

@@ -91,6 +91,7 @@ def build(
     *,
     sizes: str = "multiples of 16",
     types: dict[str, str] | None = None,
+    across: str = "",
     **options: int,
 ) -> dict[str, Any]:
     """Compile ``kernel`` for contiguous tensors.
@@ -103,6 +104,7 @@ def build(
         sizes: what Triton knows of them, for it compiles anew for ``"multiples of 16"``, ``"ones"``, which
             become constants, and ``"any"``.
         types: of arguments that are called as others are elsewhere.
+        across: a matrix whose columns, not its rows, are each in one piece.
         options: ``num_warps``, ``num_stages``.
     """
     import triton
@@ -111,8 +113,11 @@ def build(
 
     others = TYPES | (types or {})
     tensors = {"dy", "w", "base", "products", "a", "b", "base_a", "base_b", "sums", "x", "values"}
-    tensors |= {"of_features", "of_rows"}
+    tensors |= {"of_features", "of_rows", "bias"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
+    if across:
+        unit = {**unit, f"{across}_row": 1}
+        del unit[f"{across}_column"]
     unspecialized = {"splits", *(p.name for p in kernel.params if p.do_not_specialize)}
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {**constants, **unit}
@@ -179,8 +184,9 @@ def plain(
     )
 
 
-# Of the products: rows that are neither, scaled (drawn at random), and those of reuse, which have a base.
-KINDS = {"": (False, False), "scaled": (True, False), "based": (False, True)}
+# Of the products: rows that are neither scaled (drawn at random) nor have a base, as those of reuse; and, in
+# a forward, products with the transpose of a weight, and a bias.
+KINDS = {"": (False, False), "scaled": (True, False), "based": (False, True), "forward": (False, False)}
 
 
 def products() -> Iterator[Job]:
@@ -214,11 +220,14 @@ def products() -> Iterator[Job]:
                 "GROUP": 8,
             }
             if name == "gather_matmul":
-                constants["EVEN_K"] = True
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                constants |= {"EVEN_K": True, "BIASED": kind == "forward"}
+            elif kind == "forward":
+                continue
+            options: dict[str, Any] = {"across": "w"} if kind == "forward" else {}
+            options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
             tile = "{BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs)
             yield Job(
-                kernel=name,
+                kernel="forward" if kind == "forward" else name,
                 tile=f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
                 dtype=dtype,
                 precision=precision,
@@ -274,8 +283,12 @@ def odd_sizes() -> Iterator[Job]:
             "PRECISION": "ieee",
             "GROUP": 8,
         }
-        wide = {**tile, "EVEN_K": False}
+        wide = {**tile, "EVEN_K": False, "BIASED": False}
         yield plain("gather_matmul", input_gradient._gather_matmul, wide, "bf16", 90, sizes=sizes)
+        if kind == "scaled":
+            wide |= {"SCALED": False, "BIASED": True}
+            function = input_gradient._gather_matmul
+            yield plain("forward", function, wide, "bf16", 90, sizes=sizes, across="w")
         yield plain("gather_reduce", weight_gradient._gather_reduce, tile, "bf16", 90, sizes=sizes)
 
 

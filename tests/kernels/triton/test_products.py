@@ -373,3 +373,22 @@ def test_skipping_zero_rows_is_exact(dead: float, device: torch.device) -> None:
     dx = input_gradient(c.dy, c.w, kept, count)[slot]
     torch.testing.assert_close(dx, c.dy @ c.w, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight_gradient(c.dy, c.x, kept, count), c.dy.t() @ c.x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("share", COUNTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_forward_is_a_product_with_a_transpose_and_a_bias(
+    size: tuple[int, int, int], share: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Here dY is X [N, O], and W the transpose of a weight [I, O]."""
+    c = case(size, share, device, dtype)
+    w, bias = c.w.t().contiguous().t(), torch.randn(size[2], device=device).to(dtype)
+    count, rows = int(c.count), c.kept[: int(c.count)].long()
+    products = input_gradient(c.dy, w, c.kept, c.count, bias=bias)
+    truth = c.dy[rows].double() @ w.double() + bias.double()
+    assert_no_worse(products[:count], truth, torch.addmm(bias, c.dy[rows], w))
+    wanted = reference.input_gradient(c.dy, w, c.kept, c.count, bias=bias)
+    torch.testing.assert_close(products[:count].float(), wanted[:count], rtol=0.02, atol=0.02)
+    if count < size[0]:
+        assert not products[-1].any()

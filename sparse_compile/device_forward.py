@@ -1,0 +1,115 @@
+"""The forward of a linear on a GPU, of which only some rows are needed; see ``passes/needed.py``.
+
+How many rows are needed is known from the inputs of the model, but to the device alone. So what is made of
+the mask, once for all linears that share it, are buffers and a count (``slots``), which these and their
+backwards read; and whether to skip rows is decided by how many were needed in the step before. Either way is
+exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import choice, on_device, triton
+from sparse_compile.looks import LaterLooks
+from sparse_compile.methods.rows import Rows
+from sparse_compile.tally import Tally
+
+# As for a backward: see device_linear.py.
+_WORTH_SKIPPING = 1 / 16
+_LONGEST_PAUSE = 15
+_PARTS = 8  # a share of rows is taken as so many parts, for keys of timings
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Needed:
+    """The rows that a forward needs, and thus a backward: all others have a gradient of zero.
+
+    Attributes:
+        rows: their buffer and count.
+        share: how many they are of all, about.
+    """
+
+    rows: Rows
+    share: float
+
+    @classmethod
+    def given(cls, kept: Tensor, count: Tensor, slot: Tensor, skip: Tensor) -> Needed | None:
+        """What :meth:`DeviceForward.slots` returned; None: no row is to be skipped."""
+        parts = int(skip)
+        if parts == 0:
+            return None
+        return cls(Rows(kept, count=count, slot=slot, padded=True), (parts - 1) / _PARTS)
+
+
+class DeviceForward:
+    """What a linear's site keeps for its forwards on a GPU."""
+
+    def __init__(self) -> None:
+        self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
+        self._tally = Tally()
+
+    def slots(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Buffers for the rows with ``needed``, bool [N].
+
+        Returns:
+            kept int32 [N]: their numbers, ascending, of which the first ``count``, int32 [1], count.
+            slot int64 [N]: where in ``kept`` a row stands, or N − 1 if it does not.
+            copies int64 [N]: the same, but what is not needed is the first that is, if any is.
+            skip int64 [1], on the CPU: 0 if all rows are to be computed (then the others hold anything); else
+            1 more than the share of needed rows, in eighths.
+        """
+        n = len(needed)
+        if on_device.available(needed.device) and n > 0 and self._looks.due():
+            kept, count, slot, copies = on_device.needed_slots(needed)
+            found = self._looks.found(count, n)
+            return kept, count, slot, copies, _number(found * (1 + round(_PARTS * self._looks.alive)))
+        kept, count = (torch.empty(size, dtype=torch.int32, device=needed.device) for size in (n, 1))
+        slot, copies = (torch.empty(n, dtype=torch.int64, device=needed.device) for _ in range(2))
+        return kept, count, slot, copies, _number(0)
+
+    def linear(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, needed: Needed | None, copies: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Y [N, O] of a linear as (rows [N, O], index int64 [N]): row i of Y is rows[index[i]].
+
+        Args:
+            x: X [N, I].
+            w: W [O, I].
+            needed: the rows that have to be right; None is all.
+            copies: which of the computed rows stands where.
+        """
+        n, inputs = x.shape
+
+        def by_aten() -> tuple[Tensor, Tensor]:
+            return torch.nn.functional.linear(x, w, bias), torch.arange(n, device=x.device)
+
+        if needed is None or not on_device.usable(x):
+            return by_aten()
+        rows = needed.rows
+
+        def by_triton() -> tuple[Tensor, Tensor]:
+            # An op must not return what it was given.
+            return on_device.forward_of_rows(x, w, bias, rows), copies.clone()
+
+        key = ("forward", x.device, x.dtype, choice.bucket(n), inputs, len(w), bias is None, needed.share)
+        candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"aten": by_aten, "triton": by_triton}
+        with triton.current(x.device):  # whose time is taken
+            kernel = choice.fastest(key, candidates)
+        if kernel == "triton" and rows.count is not None:
+            flops = 2 * inputs * len(w)
+            on_device.tally_rows(self._tally.on(x.device), rows.count, n, zero=False, flops=flops)
+        return candidates[kernel]()
+
+    def settle(self) -> tuple[int, int]:
+        """The rows that were left out since the last call, and the FLOPs that this saved."""
+        _, skipped, flops = self._tally.settle()
+        return skipped, flops
+
+
+def _number(value: int) -> Tensor:
+    return torch.tensor([value], dtype=torch.int64)

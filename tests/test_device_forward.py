@@ -1,0 +1,213 @@
+"""Rows of the forward that nothing needs, as a GPU leaves them out: nobody waits for their number. Without a
+GPU the kernels are interpreted, and the CPU's graphs rewritten as a GPU's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from padded import CASES
+from sparse_compile.passes import forward
+from test_unneeded import LENGTH, PRODUCT, ROWS, TOKENS, UNNEEDED, Net, batch, sites
+
+pytest.importorskip("triton")
+
+from sparse_compile import Reuse, Sample, Schedule, SparseBackend, device_linear, sparse_backend
+from sparse_compile.device_forward import DeviceForward, Needed
+from sparse_compile.kernels import choice, on_device
+from sparse_compile.runtime import NO_TOKEN
+
+ops = torch.ops.sparse_compile
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SOME = ("first token", "some tokens", "mean of tokens", "next token, padded left", "two sequences")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_CPU", ())
+    monkeypatch.setattr(forward, "_GPU", ("cpu", "cuda"))
+    monkeypatch.setattr(forward, "_WORTH_ASKING", 0)
+    monkeypatch.setattr(on_device, "usable", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(on_device, "available", lambda device: True)
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+
+
+def gradients(model: torch.nn.Module, run: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The loss, and the gradient of every parameter that has one."""
+    model.zero_grad()
+    torch.manual_seed(2)
+    loss = run(**inputs)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def net() -> Net:
+    torch.manual_seed(17)
+    return Net().to(DEVICE)
+
+
+def one_step(run: Any, model: Net) -> dict[str, torch.Tensor]:
+    """The gradients of one step."""
+    model.zero_grad()
+    run(*(t.to(DEVICE) for t in batch())).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def train(
+    schedule: Schedule, model: Net, compiler: str = "aot_eager"
+) -> tuple[dict[str, torch.Tensor], SparseBackend]:
+    backend = sparse_backend(schedule, compiler=compiler, debug=compiler == "aot_eager")
+    return one_step(torch.compile(model, backend=backend), model), backend
+
+
+def eager(model: Net) -> dict[str, torch.Tensor]:
+    return one_step(model, model)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_models(name: str, device: torch.device) -> None:
+    """Loss and gradients, with many of the forward's rows left out; in the first step and in later ones."""
+    build, batch = CASES[name]
+    model = build().float().to(device)
+    inputs = {key: value.to(device) for key, value in batch().items()}
+    wanted = gradients(model, model, inputs)
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        for ours, truth in zip(gradients(model, compiled, inputs), wanted, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+    report = backend.report()
+    graph = backend.graphs[0].after
+    linears = graph.count("sparse_compile.linear_forward_rows.default(")
+    assert linears >= 4
+    assert 1 <= graph.count("sparse_compile.needed_slots.default(") < linears, "masks are shared"
+    assert "sparse_compile.linear_forward.default(" not in graph
+    left_out = [site for site in report.sites if site.rows_unneeded]
+    assert len(left_out) >= 4
+    assert report.totals["flops_forward"] < 0.9 * report.totals["flops_forward_dense"]
+    assert report.totals["flops_backward"] < 0.9 * report.totals["flops_backward_dense"]
+
+
+def test_each_row_is_counted_once(device: torch.device) -> None:
+    model = net()
+    found, backend = train(Schedule.exact(), model)
+    torch.testing.assert_close(found, eager(model))
+    for name in ("up", "down"):
+        site = sites(backend)[name]
+        assert (site.rows, site.rows_unneeded, site.rows_skipped) == (ROWS, UNNEEDED, UNNEEDED)
+        assert site.flops_forward == PRODUCT * LENGTH / TOKENS
+    assert sites(backend)["head"].rows_unneeded == 0
+
+
+def test_the_backward_takes_the_rows_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And looks for none of its own."""
+    looked: list[int] = []
+    look = on_device.live_rows
+    monkeypatch.setattr(on_device, "live_rows", lambda dy: looked.append(len(dy)) or look(dy))
+    train(Schedule.exact(), net())
+    assert looked == [4], "the head's, of which all rows are needed"
+
+
+@pytest.mark.parametrize("method", [Sample(0.3), Sample(0.3, gradients="weight"), Reuse(0.5)])
+def test_methods_go_on_as_before(method: Sample | Reuse) -> None:
+    """Rows that are not needed have a gradient of zero, whoever chooses among the others."""
+    model = net()
+    wanted = eager(model)
+    found, backend = train(Schedule(linear=method), model)
+    assert sites(backend)["up"].rows_unneeded == UNNEEDED
+    if isinstance(method, Reuse):  # in its first backward
+        torch.testing.assert_close(found, wanted)
+    else:
+        assert found["up.weight"].isfinite().all()
+
+
+def test_a_layer_that_is_excluded_computes_all(device: torch.device) -> None:
+    model = net()
+    found, backend = train(Schedule.exact(exclude="up"), model)
+    torch.testing.assert_close(found, eager(model))
+    assert sites(backend)["up"].rows_unneeded == 0
+    assert sites(backend)["down"].rows_unneeded == UNNEEDED
+
+
+def test_a_product_that_costs_nothing_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_WORTH_ASKING", PRODUCT + 1)
+    _, backend = train(Schedule.exact(), net())
+    assert "linear_forward_rows" not in backend.graphs[0].after
+    torch._dynamo.reset()
+    monkeypatch.setattr(forward, "_WORTH_ASKING", PRODUCT)
+    _, backend = train(Schedule.exact(), net())
+    assert backend.graphs[0].after.count("sparse_compile.linear_forward_rows.default(") == 2
+
+
+def test_a_dtype_without_kernels_is_left_to_aten() -> None:
+    """The mask is asked all the same: it is nobody's dtype."""
+    x, w = torch.randn(12, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    needed = torch.arange(12) < 5
+    slots = DeviceForward().slots(needed.to(DEVICE))
+    rows, index = DeviceForward().linear(x, w, None, Needed.given(*slots[:3], slots[4]), slots[3])
+    torch.testing.assert_close(rows[index], x @ w.t())
+
+
+def test_whether_to_skip_is_decided_by_the_step_before(device: torch.device) -> None:
+    """Of the first, the host waits for the count. Where all are needed, looks become rare."""
+    kept, skips = DeviceForward(), []
+    for needed_rows in (16, 16, 64, 64, 64, 64, 16, 16, 16, 16, 16, 16):
+        skips.append(int(kept.slots(torch.arange(64, device=device) < needed_rows)[4]))
+    # A quarter of the rows is two eighths, and what is passed one more.
+    assert skips == [3, 3, 3, 0, 0, 0, 0, 0, 0, 0, 3, 3]
+
+
+def test_none_needed_at_the_start_of_a_step(device: torch.device) -> None:
+    kept = DeviceForward()
+    slots = kept.slots(torch.zeros(64, dtype=torch.bool, device=device))
+    given = Needed.given(*slots[:3], slots[4])
+    assert given is not None
+    assert given.share == 0.0
+
+
+def test_all_or_none_are_needed(device: torch.device) -> None:
+    x, w, b = (torch.randn(*size, device=device) for size in ((12, 5), (7, 5), (7,)))
+    for count in (0, 1, 12):
+        needed = torch.arange(12, device=device) < count
+        kept, found, slot, copies = on_device.needed_slots(needed)
+        given = Needed.given(kept, found, slot, torch.tensor([3]))
+        rows, index = DeviceForward().linear(x, w, b, given, copies)
+        y, truth = rows[index], torch.nn.functional.linear(x, w, b)
+        torch.testing.assert_close(y[:count], truth[:count])
+        wanted = truth[:1].expand(12 - count, -1) if count else torch.zeros(12, 7, device=device)
+        torch.testing.assert_close(y[count:], wanted[: 12 - count])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("skip", [0, 4])
+def test_opcheck(bias: bool, skip: int, device: torch.device) -> None:
+    x, w, b = (torch.randn(*size, device=device) for size in ((12, 5), (7, 5), (7,)))
+    needed = torch.arange(12, device=device) < 5
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    token = torch.tensor(NO_TOKEN)
+    torch.library.opcheck(ops.needed_slots.default, (token, needed, 0), test_utils=checks)
+    slots = (*on_device.needed_slots(needed), torch.tensor([skip]))
+    arguments = (token, x, w, b if bias else None, *slots, 0)
+    torch.library.opcheck(ops.linear_forward_rows.default, arguments, test_utils=checks)
+    dy = torch.randn(12, 7, device=device) * needed.unsqueeze(1)
+    backward = (token, dy, x, w, 0, 1, False)
+    torch.library.opcheck(
+        ops.linear_backward.default, backward, {"needed": [*slots[:3], slots[4]]}, test_utils=checks
+    )
+
+
+def test_through_inductor(device: torch.device) -> None:
+    """With dropout-free layers of a size that Inductor compiles quickly."""
+    model = net()
+    wanted = eager(copy.deepcopy(model))
+    found, backend = train(Schedule.exact(), model, compiler="inductor")
+    torch.testing.assert_close(found, wanted)
+    assert sites(backend)["up"].rows_unneeded == UNNEEDED
