@@ -70,8 +70,8 @@ class Schedule:
             optimizer of `sparse_compile.optim`. None keeps all.
         skip_unneeded: leave rows out of a linear's forward, too, if no output of the model depends on them,
             such as padding that attention masks out. "loss": if its loss does not; what else it returns
-            (logits) may hold anything there. (Not with `saved_activations`, nor a `Reuse` of single entries in
-            attention.)
+            (logits) may hold anything there. (Not with `saved_activations`, nor a `Reuse` of single entries
+            in attention.)
         include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.

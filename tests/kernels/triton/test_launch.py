@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
 
@@ -133,3 +134,66 @@ def test_what_runs_is_what_is_built(
     assert ("dropped" in found) == isinstance(method, Reuse)
     assert ("weights" in found) == isinstance(method, Sample)
     assert "tally" in found
+
+
+class Dispatched(TorchDispatchMode):
+    """ATen's ops that a GPU would launch something for: all but views and empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not op.is_view and "empty" not in str(op) and "detach" not in str(op):
+            self.names.append(str(op).split(".")[1])
+        return op(*args, **(kwargs or {}))
+
+
+# Of a backward: Triton's kernels, and what ATen does beside. (A number that is read is on the host by then;
+# the counts of a new tally, and what has room beyond a count, are zeros.)
+LAUNCHES: dict[str, tuple[Reuse | Sample | None, list[str], set[str]]] = {
+    "exact": (
+        None,
+        ["live_rows", "compact", "tally_rows", "gather_matmul", "gather_reduce"],
+        {"zeros", "_local_scalar_dense"},
+    ),
+    "sample": (Sample(0.3), ["scores", "draw", "gather_matmul", "gather_reduce"], set()),
+    "reuse": (
+        Reuse(0.7),
+        ["row_stats", "largest", "gather_matmul", "sum_dropped", "gather_reduce"],
+        {"mean", "sum", "_local_scalar_dense"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_each_stage_is_one_launch(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, kernels, others = LAUNCHES[name]
+    ran: list[str] = []
+
+    def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        ran.append(name_of(kernel))
+        with _disable_current_modes():  # to interpret a kernel takes copies
+            triton.launch(kernel, grid, *arguments, **options)
+
+    for module in (base_inputs, compaction, draw, input_gradient, largest, row_stats, weight_gradient):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(on_device, "usable", lambda dy: True)
+    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    site, phase = LinearSite("layer"), Schedule(linear=method).at(0)
+    dy, x, w = (torch.randn(size, device=device) for size in ((24, 8), (24, 6), (8, 6)))
+    dy[:12] = 0
+    for _ in range(2):
+        ran.clear()
+        with Dispatched() as seen:
+            site.linear_backward(dy, x, w, tokens=4, phase=phase, dw_transposed=False)
+    assert ran == kernels
+    assert set(seen.names) == others
+
+
+def name_of(kernel: Any) -> str:
+    """Of the function that a kernel is, below what tunes it."""
+    while not hasattr(kernel, "__name__"):
+        kernel = kernel.fn
+    return str(kernel.__name__).removeprefix("_")
