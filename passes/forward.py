@@ -10,7 +10,8 @@ and on a GPU, where the number of such rows would have to be waited for,
 
     forward    slots   = sparse_compile.needed_slots(token, needed, site)         once for each mask
                rows, i = sparse_compile.linear_forward_rows(token, X, W, b, *slots, site)
-               y       = rows[i]                                                  fused with what reads Y
+               y       = rows[i]                                                  fused with what reads Y,
+                                                                                  or y itself: `whole`
     backward   … = sparse_compile.linear_backward(token, …, needed=slots)
 """
 
@@ -25,6 +26,7 @@ from sparse_compile.passes.compact import compact_rows
 from sparse_compile.passes.linear import NO_SITE
 from sparse_compile.passes.masks import Masks
 from sparse_compile.passes.needed import rows_needed
+from sparse_compile.passes.readers import read_by_loops
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
@@ -122,10 +124,13 @@ def _rewrite_on_gpu(
         forward = torch.ops.sparse_compile.linear_forward_rows.default
         with graph.inserting_before(product):
             operands = (*_operands(graph, product), kept, count, slot, copies, skip)
-            op = g.call(graph, forward, token, *operands, NO_SITE, like=product)
-        rows, index = _results(graph, op, 2)
+            # Where Y has to be written out all the same, the op does so, and only if it must.
+            whole = not read_by_loops(product)
+            op = g.call(graph, forward, token, *operands, NO_SITE, whole, like=product)
+        y, *index = _results(graph, op, 1 if whole else 2)
         with graph.inserting_before(product):
-            y = g.call(graph, aten._unsafe_index.Tensor, rows, [index], like=product)
+            if not whole:
+                y = g.call(graph, aten._unsafe_index.Tensor, y, index, like=product)
         product.replace_all_uses_with(y)
         graph.erase_node(product)
         ops[op] = linears[product]

@@ -31,6 +31,7 @@ import operator
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.readers import read_by_loops
 from torch.fx import Graph, Node
 
 from sparse_compile.sites import SiteRecord
@@ -83,7 +84,7 @@ def rewrite_linears(
         token: its ``begin`` node, which tells our ops at run time whose step they are part of.
         below: :func:`passes.graph.parameters_below`.
         records: the graph's manifest, so far.
-        dx_whole: let the ops of a CPU return dX itself.
+        dx_whole: let the ops return dX itself; on a GPU, where what reads it is no loop.
 
     Returns:
         The ops that were inserted, and the record of each; their site numbers are not set yet. And for each
@@ -107,7 +108,9 @@ def rewrite_linears(
             continue
         call = calls[name] = calls.get(name, -1) + 1
         records.append(_record(forward, candidates, below, name, rewritten=True, call=call))
-        op = rewrite_linear(graph, match, token=token, dx_whole=dx_whole and _on_cpu(forward))
+        # A GPU gathers dX where that is fused with what reads it.
+        fused = not _on_cpu(forward) and match.dx is not None and read_by_loops(match.dx)
+        op = rewrite_linear(graph, match, token=token, dx_whole=dx_whole and not fused)
         ops[op], rewritten[forward] = records[-1], op
         # A product without a gradient carries the number of whatever ran before it with one.
         backward[seq_nr] = [product for product in candidates if product not in (match.dx, match.dw)]

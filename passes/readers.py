@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from sparse_compile.sites import SAVED_KINDS
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 ACTIVATION, NORM, ATTENTION, LINEAR, MASK, OTHER = SAVED_KINDS
 
@@ -48,6 +48,11 @@ _ELEMENTWISE = (
     *(aten.gelu.default, aten.silu.default, aten.reciprocal.default, aten._to_copy.default),
     torch.ops.prims.convert_element_type.default,
 )
+_LOOPS = {
+    *(aten.sum.dim_IntList, aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.amin.default),
+    *(aten.native_layer_norm.default, aten.native_layer_norm_backward.default, aten.native_dropout.default),
+    *(prims.convert_element_type.default, aten._to_copy.default),
+}
 
 
 def kind_of_read(reader: Node, value: Node) -> str | None:
@@ -93,6 +98,20 @@ def _is_broadcast(value: Node) -> bool:
 
 def _is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def read_by_loops(node: Node) -> bool:
+    """Whether all that reads a node, through views, is on its own side of the graph and a loop of Inductor's.
+    Such a loop may gather what it reads as it goes; for all else the node has to be written out."""
+    for user in node.users:
+        if user.op != "call_function" or g.is_backward(user) != g.is_backward(node):
+            return False
+        if user.target in _VIEWS:
+            if not read_by_loops(user):
+                return False
+        elif not (_is_pointwise(user) or user.target in _LOOPS):
+            return False
+    return True
 
 
 def recomputable(node: Node) -> bool:

@@ -50,11 +50,13 @@ class DeviceForward:
     """What a linear's site keeps for its forwards on a GPU."""
 
     def __init__(self) -> None:
-        self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
+        self._looks: dict[int, LaterLooks] = {}
         self._tally = Tally()
+        self._skipped = False  # whether the last forward left rows out
 
-    def slots(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Buffers for the rows with ``needed``, bool [N].
+    def slots(self, needed: Tensor, call: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Buffers for the rows with ``needed``, bool [N]. ``call`` is which use of the layer it is the mask
+        of: each has its own, and is decided by the one of the step before.
 
         Returns:
             kept int32 [N]: their numbers, ascending, of which the first ``count``, int32 [1], count.
@@ -64,16 +66,24 @@ class DeviceForward:
             1 more than the share of needed rows, in eighths.
         """
         n = len(needed)
-        if on_device.available(needed.device) and n > 0 and self._looks.due():
+        looks = self._looks.setdefault(call, LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING))
+        if on_device.available(needed.device) and n > 0 and looks.due():
             kept, count, slot, copies = on_device.needed_slots(needed)
-            found = self._looks.found(count, n)
-            return kept, count, slot, copies, _number(found * (1 + round(_PARTS * self._looks.alive)))
+            found = looks.found(count, n)
+            return kept, count, slot, copies, _number(found * (1 + round(_PARTS * looks.alive)))
         kept, count = (torch.empty(size, dtype=torch.int32, device=needed.device) for size in (n, 1))
         slot, copies = (torch.empty(n, dtype=torch.int64, device=needed.device) for _ in range(2))
         return kept, count, slot, copies, _number(0)
 
     def linear(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, needed: Needed | None, copies: Tensor
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        needed: Needed | None,
+        copies: Tensor,
+        *,
+        whole: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Y [N, O] of a linear as (rows [N, O], index int64 [N]): row i of Y is rows[index[i]].
 
@@ -82,28 +92,38 @@ class DeviceForward:
             w: W [O, I].
             needed: the rows that have to be right; None is all.
             copies: which of the computed rows stands where.
+            whole: return Y itself, and an empty index.
         """
         n, inputs = x.shape
 
         def by_aten() -> tuple[Tensor, Tensor]:
-            return torch.nn.functional.linear(x, w, bias), torch.arange(n, device=x.device)
+            y = torch.nn.functional.linear(x, w, bias)
+            return y, torch.arange(0 if whole else n, device=x.device)
 
+        self._skipped = False
         if needed is None or not on_device.usable(x):
             return by_aten()
         rows = needed.rows
 
         def by_triton() -> tuple[Tensor, Tensor]:
+            some = on_device.forward_of_rows(x, w, bias, rows)
             # An op must not return what it was given.
-            return on_device.forward_of_rows(x, w, bias, rows), copies.clone()
+            return (some.index_select(0, copies), copies[:0].clone()) if whole else (some, copies.clone())
 
-        key = ("forward", x.device, x.dtype, choice.bucket(n), inputs, len(w), bias is None, needed.share)
+        sizes = (choice.bucket(n), inputs, len(w), bias is None)
+        key = ("forward", x.device, x.dtype, *sizes, whole, needed.share)
         candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"aten": by_aten, "triton": by_triton}
         with triton.current(x.device):  # whose time is taken
             kernel = choice.fastest(key, candidates)
-        if kernel == "triton" and rows.count is not None:
-            flops = 2 * inputs * len(w)
-            on_device.tally_rows(self._tally.on(x.device), rows.count, n, zero=False, flops=flops)
+        self._skipped = kernel == "triton"
         return candidates[kernel]()
+
+    def count(self, needed: Needed, n: int, flops: int) -> None:
+        """Count the rows that a forward left out of ``n``, each of so many ``flops``, when its backward runs:
+        under activation checkpointing the forward runs twice."""
+        count = needed.rows.count
+        if self._skipped and count is not None:
+            on_device.tally_rows(self._tally.on(count.device), count, n, zero=False, flops=flops)
 
     def settle(self) -> tuple[int, int]:
         """The rows that were left out since the last call, and the FLOPs that this saved."""

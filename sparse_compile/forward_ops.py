@@ -10,9 +10,10 @@
     None, needed bool [N]. In the place of the others Y holds one that is needed; see ``passes/forward.py``.
 
 ``needed_slots(token, needed, site) -> (kept, count, slot, copies, skip)``,
-``linear_forward_rows(token, x, w, bias, kept, count, slot, copies, skip, site) -> (rows, index)``
+``linear_forward_rows(token, x, w, bias, kept, count, slot, copies, skip, site, whole) -> (rows, index)``
     the same on a GPU, where Y is ``rows[index]``, and what is needed is made ready once for all linears that
-    share a mask; see ``device_forward.py``. Their ``linear_backward`` gets [kept, count, slot, skip], too.
+    share a mask; see ``device_forward.py``. With ``whole`` rows is Y itself, and the index is empty. Their
+    ``linear_backward`` gets [kept, count, slot, skip], too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _library.define(
 )
 _library.define(
     "linear_forward_rows(Tensor token, Tensor x, Tensor w, Tensor? bias, Tensor kept, Tensor count,"
-    " Tensor slot, Tensor copies, Tensor skip, int site) -> (Tensor, Tensor)",
+    " Tensor slot, Tensor copies, Tensor skip, int site, bool whole=False) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _library.define("needed_rows(Tensor needed) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
@@ -57,9 +58,9 @@ def _linear_forward(
 
 @torch.library.impl(_library, "needed_slots", "CompositeExplicitAutograd")
 def _needed_slots(token: Tensor, needed: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layer, _ = runtime.site(token.tolist(), site) or (LinearSite("?"), None)
+    layer, use = runtime.site(token.tolist(), site) or (LinearSite("?"), (0, 0))
     assert isinstance(layer, LinearSite)
-    return layer.on_device.slots(needed)
+    return layer.on_device.slots(needed, use[0])
 
 
 @torch.library.impl(_library, "linear_forward_rows", "CompositeExplicitAutograd")
@@ -74,11 +75,12 @@ def _linear_forward_rows(
     copies: Tensor,
     skip: Tensor,
     site: int,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     layer, _ = runtime.site(token.tolist(), site) or (LinearSite("?"), None)
     assert isinstance(layer, LinearSite)
     needed = None if layer.left_alone else Needed.given(kept, count, slot, skip)
-    return layer.on_device.linear(x, w, bias, needed, copies)
+    return layer.on_device.linear(x, w, bias, needed, copies, whole=whole)
 
 
 @torch.library.register_fake("sparse_compile::linear_forward")
@@ -99,8 +101,21 @@ def _needed_slots_fake(
 
 
 @torch.library.register_fake("sparse_compile::linear_forward_rows")
-def _linear_forward_rows_fake(token: Tensor, x: Tensor, w: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], dtype=torch.int64)
+def _linear_forward_rows_fake(
+    token: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    count: Tensor,
+    slot: Tensor,
+    copies: Tensor,
+    skip: Tensor,
+    site: int,
+    whole: bool = False,
+) -> tuple[Tensor, Tensor]:
+    n = x.shape[0]
+    return x.new_empty(n, w.shape[0]), x.new_empty(0 if whole else n, dtype=torch.int64)
 
 
 @torch.library.impl(_library, "needed_rows", "CompositeExplicitAutograd")

@@ -137,6 +137,8 @@ class LinearSite(Site):
         self._device = DeviceLinear.of(dy, self._device, self.settle)
         if self._device is not None:
             self._device.needed = on_gpu
+        if on_gpu is not None:
+            self.on_device.count(on_gpu, n, 2 * inputs * dy.shape[1])
         method = None if phase is None or measured or self.held_back else phase.linear
         zero: int
         estimates: Estimates
@@ -173,7 +175,9 @@ class LinearSite(Site):
         if handed_over:
             self._hand_over(dy, x, dw, for_dw)
             dw = None
-        self.kernel = "" if self._device is None else self._device.kernel
+        self.kernel = ""
+        if self._device is not None:
+            self.kernel, self._device.needed = self._device.kernel, None
         if telemetry := self.watched():
             self._observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
         ordinary = not (self._device or self.telemetry or handed_over)

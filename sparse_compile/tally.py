@@ -11,18 +11,19 @@ class Tally:
     skipped, and the FLOPs that this saved."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self._sums: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """The sums, int64 [3]."""
-        if self._sums is None:
-            self._sums = torch.zeros(3, dtype=torch.int64, device=device)
-        return self._sums
+        """The sums of this device, int64 [3]. (A model may move to another.)"""
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(3, dtype=torch.int64, device=device)
+        return self._sums[device]
 
     def settle(self) -> tuple[int, int, int]:
-        """The sums since the last call, on the host. Waits for the device."""
-        if self._sums is None:
-            return 0, 0, 0
-        zero, skipped, flops = self._sums.tolist()
-        self._sums.zero_()
+        """The sums since the last call, on the host. Waits for the devices."""
+        zero = skipped = flops = 0
+        for sums in self._sums.values():
+            of_device = sums.tolist()
+            zero, skipped, flops = zero + of_device[0], skipped + of_device[1], flops + of_device[2]
+            sums.zero_()
         return zero, skipped, flops

@@ -4,13 +4,15 @@ GPU the kernels are interpreted, and the CPU's graphs rewritten as a GPU's."""
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 from padded import CASES
-from sparse_compile.passes import forward
+from sparse_compile.passes import forward, linear
 from test_unneeded import LENGTH, PRODUCT, ROWS, TOKENS, UNNEEDED, Net, batch, sites
+from torch import nn
 
 pytest.importorskip("triton")
 
@@ -96,6 +98,38 @@ def test_models(name: str, device: torch.device) -> None:
     assert report.totals["flops_backward"] < 0.9 * report.totals["flops_backward_dense"]
 
 
+def test_what_no_loop_reads_is_written_out_by_the_op(device: torch.device) -> None:
+    """Q, K and V, which attention reads, and what an activation function keeps for its backward; the others
+    are gathered by what reads them."""
+    build, batch = CASES["some tokens"]
+    model = build().float().to(device)
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    compiled = torch.compile(model, backend=backend)
+    gradients(model, compiled, {key: value.to(device) for key, value in batch().items()})
+    calls = re.findall(r"linear_forward_rows\.default\((.*)\)", backend.graphs[0].after)
+    names = [site.name for site in backend.report().sites if site.rows_unneeded]
+    whole = {name for name, call in zip(names, calls, strict=True) if call.endswith("True")}
+    assert {name.rpartition(".")[2] for name in whole} == {"query", "key", "value", "dense", "decoder"}
+    assert {name for name in names if "intermediate.dense" in name} <= whole
+    assert not {name for name in whole if "output.dense" in name}
+
+
+def test_so_is_an_input_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under exact(), where a product reads it; where an activation function does, that gathers it."""
+    monkeypatch.setattr(linear, "_on_cpu", lambda node: False)
+    layers = (nn.Linear(8, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model, x = nn.Sequential(*layers).to(DEVICE), torch.randn(24, 8, device=DEVICE)
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    torch.compile(model, backend=backend)(x).square().sum().backward()
+    calls = re.findall(r"linear_backward\.default\((.*)\)", backend.graphs[0].after)
+    # In the order of the backward: the last layer first. The first one has no dX.
+    assert [call.split(", ")[8].startswith("True") for call in calls] == [False, True, True]
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
+
+
 def test_each_row_is_counted_once(device: torch.device) -> None:
     model = net()
     found, backend = train(Schedule.exact(), model)
@@ -105,6 +139,38 @@ def test_each_row_is_counted_once(device: torch.device) -> None:
         assert (site.rows, site.rows_unneeded, site.rows_skipped) == (ROWS, UNNEEDED, UNNEEDED)
         assert site.flops_forward == PRODUCT * LENGTH / TOKENS
     assert sites(backend)["head"].rows_unneeded == 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_so_it_is_where_layers_run_several_times(forwards: int, calls: int, checkpointed: bool) -> None:
+    """In a forward, before a backward, and again in that."""
+    torch.manual_seed(17)
+    model = Net(checkpointed=checkpointed, calls=calls).to(DEVICE)
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    expected = {name: forwards * gradient for name, gradient in eager(model).items()}
+    model.zero_grad()
+    for loss in [compiled(*(t.to(DEVICE) for t in batch())) for _ in range(forwards)]:
+        loss.backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+    for name in ("up", "down"):
+        site = sites(backend)[name]
+        assert site.rows == forwards * calls * ROWS
+        assert site.rows_unneeded == forwards * calls * UNNEEDED
+        assert site.flops_forward == calls * PRODUCT * LENGTH / TOKENS
+
+
+def test_each_mask_is_decided_by_its_own_last_step(device: torch.device) -> None:
+    """Two kinds of texts go through one encoder: questions, padded, and passages."""
+    kept = DeviceForward()
+    questions, passages = (
+        torch.arange(64, device=device) < 16,
+        torch.ones(64, dtype=torch.bool, device=device),
+    )
+    skips = [(int(kept.slots(questions, 0)[4]), int(kept.slots(passages, 1)[4])) for _ in range(3)]
+    assert skips == [(3, 0)] * 3
 
 
 def test_the_backward_takes_the_rows_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from sparse_compile.device_attention import DeviceAttention
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import choice, on_device, triton
 from sparse_compile.linear_site import LinearSite
+from sparse_compile.tally import Tally
 
 GPU = torch.cuda.is_available()
 
@@ -97,3 +98,14 @@ def test_an_attention_that_has_left_its_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     site.settle()
     rows = site.counters.rows // 3
     assert site.counters.rows_zero == rows // 2, "of the first, whose tally was on the device"
+
+
+def test_each_device_has_its_own_sums() -> None:
+    tally, other = Tally(), torch.device("cuda" if GPU else "meta")
+    tally.on(torch.device("cpu"))[0] += 3
+    assert tally.on(other).device.type == other.type
+    assert tally.on(torch.device("cpu")).tolist() == [3, 0, 0]
+    if GPU:
+        tally.on(other)[0] += 4
+        assert tally.settle() == (7, 0, 0)
+        assert tally.settle() == (0, 0, 0)

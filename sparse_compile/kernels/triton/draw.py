@@ -83,7 +83,8 @@ def _rate(scores, n, k, BLOCK: tl.constexpr):
         left = tl.sum(rest, axis=0)
         certain = tl.sum(sure, axis=0)
         alive = tl.sum(above, axis=0)
-        rate = (k - certain).to(tl.float64) / tl.where(left > 0, left, 1.0)
+        # If nothing is left to share, the others are too small to be seen in the sum.
+        rate = tl.where(certain < k, (k - certain).to(tl.float64) / tl.where(left > 0, left, 1.0), rate)
     return alive, sure_at, rate, total < float("inf")
 
 
@@ -142,7 +143,7 @@ def _draw(
         line += tl.sum(length, axis=0)
     tl.debug_barrier()
 
-    chosen = tl.minimum(alive, k)
+    chosen = tl.where(finite, tl.minimum(alive, k), k)
     found = 0
     without = 0
     for start in range(0, n, BLOCK):
@@ -156,16 +157,19 @@ def _draw(
         tl.store(scale + place, weight, mask=drawn)
         if SLOTS and draw == 0:
             tl.store(slot + rows, tl.where(drawn, place, n - 1).to(tl.int64), mask=there)
-        # What fills the buffer has no weight; no two entries are the same.
+        # What fills the buffer has no weight.
         spare = there & (tl.load(scores + rows, mask=there, other=1.0) == 0)
         behind = chosen + without + tl.cumsum(spare.to(tl.int32), axis=0) - 1
         tl.store(kept + behind, rows, mask=spare & (behind < k))
         tl.store(scale + behind, tl.zeros((BLOCK,), tl.float32), mask=spare & (behind < k))
         found += tl.sum(drawn.to(tl.int32), axis=0)
         without += tl.sum(spare.to(tl.int32), axis=0)
-    # Sums of rounded lengths may fall short of the last reading, once in a hundred million draws.
-    tl.store(kept + found, 0, mask=found < chosen)
-    tl.store(scale + found, 0.0, mask=found < chosen)
+    # Sums of rounded lengths may fall short of the last reading, once in a hundred million draws. The places
+    # that are left get a row number, too.
+    for start in range(found, chosen, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(kept + place, tl.zeros((BLOCK,), tl.int32), mask=place < chosen)
+        tl.store(scale + place, tl.zeros((BLOCK,), tl.float32), mask=place < chosen)
     tl.store(count + draw, found)
     tl.store(above + draw, alive)
     if draw == 0:

@@ -84,18 +84,30 @@ def test_some_rows_are_certain(device: torch.device) -> None:
         assert rows.scale.tolist() == [1.0] * 4 + [3.0] * 2
 
 
-def test_the_largest_k_may_hold_all_there_is(device: torch.device) -> None:
+@pytest.mark.parametrize("large", [[1.0, 1.0], [1.0, 5.0, 3.0], [1e4, 1, 1, 1, 1, 1]])
+def test_the_largest_k_may_hold_all_there_is(large: list[float], device: torch.device) -> None:
     """The others are too small to be seen in the sum."""
-    scores = torch.tensor([[1.0, 1e-30, 1.0, 1e-30]], device=device)
-    (rows,), _, _ = run(scores, 2)
-    assert (rows.kept.tolist(), rows.scale.tolist(), int(rows.count)) == ([0, 2], [1.0, 1.0], 2)
+    scores, k = torch.tensor([[*large, *[1e-30] * 6]], device=device), len(large)
+    for seed in range(5):
+        (rows,), _, _ = run(scores, k, seed=str(seed))
+        assert (rows.kept.tolist(), rows.scale.tolist(), int(rows.count)) == ([*range(k)], [1.0] * k, k)
+
+
+def test_some_that_are_large_among_many_that_are_hardly_there(device: torch.device) -> None:
+    for seed in range(10):
+        scores = torch.cat([torch.randn(16).exp(), torch.full((16,), 1e-20)]).to(device)
+        (rows,), _, _ = run(scores[torch.randperm(32)].unsqueeze(0), 16, seed=str(seed))
+        assert int(rows.count) == 16
+        assert rows.scale.tolist() == [1.0] * 16
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, of what is not finite
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("k", [6, 24])
-def test_what_is_not_finite_spoils_every_weight(bad: float, k: int, device: torch.device) -> None:
+@pytest.mark.parametrize("dead", [0, 15, 23])
+def test_what_is_not_finite_spoils_every_weight(bad: float, k: int, dead: int, device: torch.device) -> None:
     scores = torch.rand(1, 24, device=device)
+    scores[0, :dead] = 0
     scores[0, 3] = bad
     (rows,), weights, _ = run(scores, k)
     assert rows.scale.isnan().all()
