@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +46,26 @@ class OnDevice:
             patch.setattr(on_device, "usable", lambda dy: True)
             patch.setattr(device_linear, "_WORTH_LOOKING", 0)
             return written(self.site.linear_backward(*moved, **options))
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """In which an error is raised by what waits for the GPU, which has something to do: by PyTorch's own
+    doing, or for a number that has not arrived."""
+
+    def synchronize(event: torch.cuda.Event) -> None:
+        assert event.query(), "the host waits for a number"
+
+    torch.cuda.synchronize()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.Event, "synchronize", synchronize)
+        torch.cuda._sleep(500_000_000)  # cycles: a quarter of a second
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
 
 
 def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

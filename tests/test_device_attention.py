@@ -21,7 +21,7 @@ from cuda_attention import (
     cuda_attention_on_cpu,  # noqa: F401
     dtype_of,
 )
-from cuda_linear import drawn_as_on_a_gpu
+from cuda_linear import drawn_as_on_a_gpu, nothing_waits
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
@@ -358,8 +358,5 @@ def test_nothing_waits_for_the_gpu(name: str, kernel: str, device: torch.device)
     site, operands = AttentionSite("layer"), batch().on_device("efficient", device)
     for _ in range(3):  # kernels are built
         site.backward(*operands, method=METHODS[name])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         site.backward(*operands, method=METHODS[name])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_linear import drawn_as_on_a_gpu
+from cuda_linear import drawn_as_on_a_gpu, nothing_waits
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -140,8 +140,5 @@ def test_nothing_waits_for_the_gpu(name: str) -> None:
     site, found = BlockSite("block", block=(0, 2)), squares(0).cuda()
     for _ in range(2):
         site.weights(found, phase=at(METHODS[name]))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         site.weights(found, phase=at(METHODS[name]))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_linear import nothing_waits
 from padded import CASES
 from sparse_compile.passes import forward, linear
 from test_unneeded import LENGTH, PRODUCT, ROWS, TOKENS, UNNEEDED, Net, batch, sites
@@ -277,3 +278,20 @@ def test_through_inductor(device: torch.device) -> None:
     found, backend = train(Schedule.exact(), model, compiler="inductor")
     torch.testing.assert_close(found, wanted)
     assert sites(backend)["up"].rows_unneeded == UNNEEDED
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: on the CPU there is nothing to wait for"
+)
+def test_nothing_waits_for_the_gpu() -> None:
+    kept, needed = DeviceForward(), torch.arange(64, device=DEVICE) < 16
+    x, w = torch.randn(64, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
+
+    def step() -> None:
+        kept_rows, count, slot, copies, skip = kept.slots(needed)
+        kept.linear(x, w, None, Needed.given(kept_rows, count, slot, skip), copies)
+
+    for _ in range(2):  # kernels are built, and there is a count
+        step()
+    with nothing_waits():
+        step()

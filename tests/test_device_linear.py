@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from cuda_linear import INPUTS, OUTPUTS, SAMPLES, TOKENS, N, OnDevice, at, batch, drawn_as_on_a_gpu, written
+from cuda_linear import (
+    INPUTS,
+    OUTPUTS,
+    SAMPLES,
+    TOKENS,
+    N,
+    OnDevice,
+    at,
+    batch,
+    drawn_as_on_a_gpu,
+    nothing_waits,
+    written,
+)
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -258,11 +270,8 @@ def test_nothing_waits_for_the_gpu(
     monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
     for _ in range(3):  # kernels are built, and the base is there
         ours.site.linear_backward(*operands, **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         ours.site.linear_backward(*operands, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["exact", "reuse", "reuse, elements", "sample, clip", "sample dW"])
