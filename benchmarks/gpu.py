@@ -31,26 +31,6 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 ROOT = from_source.ROOT
-TESTS = (
-    "tests/kernels/triton/test_products.py",
-    "tests/kernels/triton/test_base_inputs.py",
-    "tests/kernels/triton/test_attention.py",
-    "tests/kernels/triton/test_row_stats.py",
-    "tests/kernels/triton/test_pack.py",
-    "tests/kernels/triton/test_launch.py",
-    "tests/kernels/triton/test_launcher.py",
-    "tests/kernels/triton/test_draw.py",
-    "tests/kernels/triton/test_largest.py",
-    "tests/test_device_linear.py",
-    "tests/test_device_forward.py",
-    "tests/test_device_block.py",
-    "tests/kernels/triton/test_neighbours.py",
-    "tests/test_semi_structured.py",
-    "tests/test_device_attention.py",
-    "tests/test_device_attention_pays.py",
-    "tests/test_device_moves.py",
-    "tests/test_pack_ops.py",
-)
 # Rates and steps that issue 6 asks for, on an H100 in bfloat16.
 WANTED = {
     "products": 0.8,
@@ -317,17 +297,6 @@ SECTIONS = {
 }
 
 
-def run_tests() -> bool:
-    """The kernel tests, in this process, which knows where the package is."""
-    import pytest
-
-    os.chdir(ROOT)
-    # Other versions than the pinned ones warn about other things; and an installed package does not put the
-    # tests' own root on the path.
-    options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-o", "pythonpath=."]
-    return pytest.main([*options, *TESTS]) == 0
-
-
 def where() -> dict[str, Any]:
     """Device, versions, commit."""
     import results
@@ -375,13 +344,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("there is no GPU here; --smoke runs at toy sizes without one")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    import gpu_tests
     import results
 
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {**where(), "smoke": options.smoke, "tests_passed": None, "sections": {}}
     if not options.smoke and not options.no_tests:
-        found["tests_passed"] = run_tests()
+        found["tests_passed"] = gpu_tests.run()
     for name in options.only or SECTIONS:
         if time.monotonic() - began > 60 * options.minutes:
             found["sections"][name] = []

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # s
 import gpu
 import gpu_attention
 import gpu_pack
+import gpu_tests
 
 from sparse_compile.kernels.triton import pack as by_triton
 
@@ -92,7 +93,17 @@ def test_what_has_a_form_for_a_gpu_is_tested_on_one() -> None:
         text, name = path.read_text(), path.relative_to(ROOT).as_posix()
         assert not re.search(r"^(from|import) tests\b", text, re.MULTILINE), name
         on_gpu = "torch.cuda.is_available()" in text or path.parent.name == "triton"
-        assert not on_gpu or name in {*gpu.TESTS, *elsewhere}, name
+        assert not on_gpu or name in {*gpu_tests.TESTS, *elsewhere}, name
+
+
+def test_each_file_of_tests_has_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that fails is enough."""
+    good, bad = (tmp_path / f"test_{name}.py" for name in ("good", "bad"))
+    good.write_text("def test_it(): import sparse_compile.passes")
+    bad.write_text("def test_it(): assert False")
+    for files, passed in (([good], True), ([bad, good], False)):
+        monkeypatch.setattr(gpu_tests, "TESTS", tuple(map(str, files)))
+        assert gpu_tests.run() is passed
 
 
 def test_half_of_a_padded_batch_has_no_loss() -> None:
