@@ -23,6 +23,7 @@ from sparse_compile.passes.forward import rewrite_forwards
 from sparse_compile.passes.hand_over import hand_over
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
+from sparse_compile.passes.plan import plan_ops
 from sparse_compile.passes.saved import pack_saved
 from torch.fx import Graph, Node
 
@@ -43,6 +44,7 @@ def rewrite(
     dx_whole: bool = False,
     skip_unneeded: bool | Literal["loss"] = True,
     compact: bool = False,
+    plan_at: int | None = None,
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
 
@@ -57,6 +59,7 @@ def rewrite(
         skip_unneeded: rows of the forward that nothing needs are not computed either (`passes/needed.py`);
             with "loss", nothing but the loss needs any.
         compact: nor are they carried from op to op (`passes/compact.py`).
+        plan_at: which of the graph's inputs is the number of a plan (`passes/plan.py`), if there is one.
 
     Returns:
         A record of every linear and attention, rewritten, or left alone and why; and one of every tensor
@@ -99,6 +102,9 @@ def rewrite(
     for op, record in ops.items():
         op.update_arg(op.args.index(NO_SITE), records.index(record))
     token.update_arg(1, to_manifest(records, packed))
+    if plan_at is not None:
+        plan = next(node for node in inputs if g.input_index(node) == plan_at)
+        plan_ops(graph, ops, token=token, plan=plan, sites=len(records))
     graph.lint()
     return records, packed
 
@@ -124,7 +130,7 @@ def source_hash() -> str:
     """A hash of what a rewritten graph depends on, for the keys of compile caches: the passes' own source,
     the ops that they insert and the form of the manifest."""
     package = Path(sites.__file__).parent
-    ours = ("ops.py", "forward_ops.py", "pack_ops.py", "lowerings.py", "sites.py", "methods/prune.py")
-    paths = [*sorted(Path(__file__).parent.glob("*.py")), *(package / name for name in ours)]
+    ours = [*sorted(package.glob("*ops.py")), *(package / name for name in ("lowerings.py", "sites.py"))]
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), *ours, package / "methods/prune.py"]
     sources = [path.read_bytes() for path in paths]
     return hashlib.sha256(b"\0".join([torch.__version__.encode(), *sources])).hexdigest()

@@ -13,6 +13,7 @@ from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Memories, Use
 from sparse_compile.methods import attention, exact, fidelity, sample
 from sparse_compile.methods.rows import number_kept
+from sparse_compile.planned_attention import PlannedAttention
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
@@ -30,6 +31,7 @@ class AttentionSite(Site):
         self._draws = 0
         self._keys, self._stored = 0, False  # of the last backward
         self._device: DeviceAttention | None = None
+        self.planned: PlannedAttention = PlannedAttention(self)
 
     def backward(
         self,
@@ -87,7 +89,7 @@ class AttentionSite(Site):
             queries, gradients = self._reuse_on_device(device, do, forward, method, use)
         elif isinstance(method, Sample):
             keep = cast(float, method.keep)
-            queries = device.draw(do, forward, keep, method.clip, self._next_draw(use))
+            queries = device.draw(do, forward, keep, method.clip, self.next_draw(use))
             gradients = device.backward(do, forward, queries)
         else:
             queries = device.live_queries(do, forward)
@@ -125,8 +127,8 @@ class AttentionSite(Site):
         return queries, gradients
 
     def settle(self) -> None:
-        if self._device is not None:
-            zero, skipped, flops = self._device.settle()
+        for on_gpu in (self._device, self.planned):
+            zero, skipped, flops = (0, 0, 0) if on_gpu is None else on_gpu.settle()
             self.counters.rows_zero += zero
             self.counters.rows_computed -= skipped
             self.counters.flops_backward -= flops
@@ -134,8 +136,9 @@ class AttentionSite(Site):
     def _pays(self, method: Reuse | Sample) -> bool:
         """Whether ``method`` is to be done: not if some rows would cost more than all; a CPU estimates that,
         a GPU has measured it. (Single entries never save time; they are there for comparisons.)"""
-        if self._device is not None:
-            return not (self._cannot(method) or self._device.slower)
+        device = self._device or self.planned.device
+        if device is not None:
+            return not (self._cannot(method) or device.slower)
         size = (self._rows, self._keys, self.shape[3])
         if isinstance(method, Sample):
             return attention.sampling_pays(cast(float, method.keep), *size, stored=self._stored)
@@ -143,9 +146,10 @@ class AttentionSite(Site):
 
     def _cannot(self, method: Reuse | Sample) -> bool:
         """Whether there is no kernel for ``method`` on the GPU that this attention is on."""
-        if self._device is None:
+        device = self._device or self.planned.device
+        if device is None:
             return False
-        return not self._device.by_kernel or (isinstance(method, Reuse) and method.granularity != "row")
+        return not device.by_kernel or (isinstance(method, Reuse) and method.granularity != "row")
 
     def _exact(self, do: Tensor, forward: kernel.Forward) -> kernel.Gradients:
         """Skip the rows that are zero, if that pays."""
@@ -163,7 +167,7 @@ class AttentionSite(Site):
         return forward.backward(do)
 
     def _sample_rows(self, do: Tensor, forward: kernel.Forward, method: Sample, use: Use) -> kernel.Gradients:
-        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, self._next_draw(use))
+        drawn = attention.draw_rows(do, cast(float, method.keep), method.clip, self.next_draw(use))
         if drawn is None:
             return self._exact(do, forward)
         weights, zero = drawn
@@ -175,7 +179,8 @@ class AttentionSite(Site):
             self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
         return gradients
 
-    def _next_draw(self, use: Use) -> sample.Draw:
+    def next_draw(self, use: Use) -> sample.Draw:
+        """The random numbers of one backward."""
         self._draws += 1
         return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
 
@@ -256,9 +261,12 @@ class AttentionSite(Site):
         return f"{name} would cost more than it saves at this size and keep: only zero rows are skipped"
 
     def _count(self, zero: int, computed: int, forward: kernel.Forward | CudaFused) -> None:
+        self.count(zero, computed, forward.keys, products=4 if forward.stored else 5)
+
+    def count(self, zero: int, computed: int, keys: int, *, products: int) -> None:
+        """Count a backward: how many rows are zero, and computed, how many keys there are, and products."""
         _, heads, _, features = self.shape
-        flops = 2 * forward.keys * heads * features  # of one row in one product
-        products = 4 if forward.stored else 5
+        flops = 2 * keys * heads * features  # of one row in one product
         self.counters.backwards += 1
         self.counters.rows += self._rows
         self.counters.rows_zero += zero
@@ -270,12 +278,15 @@ class AttentionSite(Site):
 
     def forget(self) -> None:
         self._memories.clear()
+        self.planned.memory.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._memories.state_dict(), "rows_drawn": self._draws}
+        memory = self.planned if self.planned.used else self._memories
+        return {**memory.state_dict(), "rows_drawn": self._draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memories.load_state_dict(state)
+        self.planned.load_state_dict(state)
         self._draws = state.get("rows_drawn", 0)
 
 

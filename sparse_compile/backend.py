@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,8 +19,11 @@ from torch.fx import Graph, GraphModule
 from sparse_compile import compilers, naming, passes, selection
 from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that the passes insert)
 from sparse_compile import pack_ops as _pack_ops  # noqa: F401
+from sparse_compile import planned_ops as _planned_ops  # noqa: F401
 from sparse_compile.debug import GraphDump, dump
+from sparse_compile.kernels import on_device
 from sparse_compile.passes import graph as graph_tools
+from sparse_compile.plan import PlannedCalls, refusal
 from sparse_compile.report import Report, make_report
 from sparse_compile.rotation import Rotation
 from sparse_compile.runtime import Runtime
@@ -60,6 +64,7 @@ class SparseBackend:
         self.graphs: list[GraphDump] = []
         self._debug = debug
         self._compiler = compiler
+        self._monitor = monitor
         self._runtime = Runtime(schedule, seed=torch.initial_seed(), monitor=monitor)
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._said_nothing_found = False
@@ -85,6 +90,8 @@ class SparseBackend:
         owner = self._runtime.owner(anchor, example_inputs)
         blocks = self._mark_blocks(gm, owner)
         handed_over = self._handed_over(owner, names.values())
+        patches = compilers.patches(mode, options)
+        planned = self._planned_calls(names, example_inputs, patches)
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
@@ -99,28 +106,29 @@ class SparseBackend:
                 skip_unneeded=self.schedule.skips_unneeded,
                 # What reuse remembers has a row for every token.
                 compact=not isinstance(self.schedule.linear, Reuse),
+                plan_at=None if planned is None else len(example_inputs),
             )
             self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
             if self._debug:
                 self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
                 self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
 
-        with compilers.savable_token():
+        numbered = contextlib.nullcontext() if planned is None else compilers.one_more_input(gm)
+        given = [*example_inputs, *([] if planned is None else [planned.first(()).number])]
+        with compilers.savable_token(), numbered:
             if self._compiler == "inductor":
                 key = None if self._debug else self._cache_key(gm, names, [blocks, handed_over])
-                patches = dict(options or {})
-                compiled = compilers.with_inductor(
-                    gm, example_inputs, rewrite, key, mode=mode, options=patches
-                )
+                compiled = compilers.with_inductor(gm, given, rewrite, key, patches)
             else:
-                compiled = compilers.with_aot_eager(gm, example_inputs, rewrite)
+                compiled = compilers.with_aot_eager(gm, given, rewrite)
 
         def run(*inputs: Any) -> Any:
             owner = self._runtime.owner(anchor, inputs)
             if owner.root is not None:
                 self._check_schedule(owner.root())  # again: only now known if a plain function was compiled
-            with self._runtime.forward_of(owner):
-                outputs = compiled(*inputs)
+            number = [] if planned is None else [self._runtime.plan(planned, owner, inputs).number]
+            with self._runtime.forward_of(owner, planned):
+                outputs = compiled(*inputs, *number)
             if not self._runtime.sites and not self._said_nothing_found:
                 self._look_again_after_backward(outputs)
             return outputs
@@ -175,6 +183,16 @@ class SparseBackend:
                 f"backend's own, {self.schedule}."
             )
         self._runtime.load_state_dict(dict(state))
+
+    def _planned_calls(
+        self, parameters: Iterable[int], inputs: Sequence[Any], patches: Mapping[str, Any]
+    ) -> PlannedCalls | None:
+        """The plans of a graph, if our ops are to be recorded into CUDA graphs; see ``plan.py``."""
+        devices = {each.device for each in inputs if isinstance(each, Tensor)}
+        device = next((each for each in devices if on_device.available(each)), None)
+        if device is None or not compilers.records(patches) or refusal(self.schedule, self._monitor):
+            return None
+        return PlannedCalls(set(parameters), device)
 
     def _check_schedule(self, root: nn.Module | None) -> None:
         if root is None or root in self._checked:

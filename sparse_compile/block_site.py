@@ -11,6 +11,7 @@ from sparse_compile.kernels import on_device
 from sparse_compile.memory import Use
 from sparse_compile.methods import sample
 from sparse_compile.methods.rows import number_kept
+from sparse_compile.planned_block import PlannedBlock
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.sample import Sample
@@ -26,6 +27,7 @@ class BlockSite(Site):
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
         self._tally = Tally()
+        self.planned: PlannedBlock = PlannedBlock(self, self._tally)
 
     def weights(self, squares: Tensor, *, phase: Phase | None, use: Use = (0, 0)) -> Tensor:
         """What the gradient of each sample is to be multiplied by, [B].
@@ -51,7 +53,7 @@ class BlockSite(Site):
         # What is not finite must reach the gradient, where a GradScaler looks for it.
         if setting is not None and (measured or share < 1.0) and bool(squares.sum().isfinite()):
             norms = squares.sqrt()
-            draw = self._next_draw(use)
+            draw = self.next_draw(use)
             if measured:
                 if not (self.left_alone or self.held_back):  # else nothing is dropped here, whatever is seen
                     self.controller.observe_samples(self.name, norms, draw)
@@ -77,13 +79,14 @@ class BlockSite(Site):
             tally[:2] += (squares == 0).sum()
             return torch.ones_like(squares)
         self.method = setting.method
-        k, draw = number_kept(share, n), self._next_draw(use)
+        k, draw = number_kept(share, n), self.next_draw(use)
         self.controller.dropped(n - k, n)
         self.counters.rows_computed += k
         numbers = (draw.number(), draw.number())
         return on_device.drawn_weights(squares.sqrt(), k, _cap(setting), numbers, tally)
 
-    def _next_draw(self, use: Use) -> sample.Draw:
+    def next_draw(self, use: Use) -> sample.Draw:
+        """The random numbers of one backward."""
         self._draws += 1
         return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
 
@@ -98,6 +101,7 @@ class BlockSite(Site):
         return round(cast(float, phase.blocks.keep) ** ((count - index) / count), 6)
 
     def settle(self) -> None:
+        self.planned.settle_counts()
         zero, skipped, _ = self._tally.settle()
         self.counters.rows_zero += zero
         self.counters.rows_computed -= skipped

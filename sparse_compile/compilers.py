@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
@@ -53,18 +54,37 @@ def savable_token() -> contextlib.AbstractContextManager[Any]:
     return config.patch(activation_memory_budget=config.activation_memory_budget or _SMALLEST_BUDGET)
 
 
+def patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``torch.compile``'s ``mode`` and ``options`` as settings of Inductor."""
+    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+
+
+def records(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor records CUDA graphs by these settings."""
+    return bool(patches.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+
+@contextlib.contextmanager
+def one_more_input(gm: GraphModule) -> Iterator[None]:
+    """While a graph is compiled: it has one more input, the last one, a number. Dynamo's own graph is as
+    before afterwards."""
+    *_, last = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(last):
+        number = gm.graph.placeholder("plan")
+    number._dynamo_source = ConstantSource("plan")  # type: ignore[attr-defined]
+    gm.recompile()
+    try:
+        yield
+    finally:
+        gm.graph.erase_node(number)
+        gm.recompile()
+
+
 def with_inductor(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    rewrite: Rewrite,
-    key: str | None,
-    *,
-    mode: str | None,
-    options: dict[str, Any],
+    gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite, key: str | None, patches: dict[str, Any]
 ) -> Compiled:
-    """Compile by Inductor, with ``torch.compile``'s own ``mode`` and ``options``."""
-    patches = {**torch._inductor.list_mode_options(mode), **options} if mode else dict(options)
-    patches["joint_custom_pre_pass"] = JointPass(rewrite, key)
+    """Compile by Inductor, with these settings."""
+    patches = {**patches, "joint_custom_pre_pass": JointPass(rewrite, key)}
     patches.setdefault("joint_custom_post_pass", JointPass(draw_few, key))
     return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
 

@@ -27,7 +27,7 @@ from sparse_compile.tally import Tally
 
 # As for linears: see device_linear.py.
 _WORTH_SKIPPING = 1 / 16
-_WORTH_LOOKING = 4e9  # FLOPs of the five products
+WORTH_LOOKING = 4e9  # FLOPs of the five products
 _LONGEST_PAUSE = 15
 
 
@@ -42,7 +42,12 @@ class DeviceAttention:
 
     @classmethod
     def of(
-        cls, do: Tensor, forward: object, last: DeviceAttention | None, settle: Callable[[], None]
+        cls,
+        do: Tensor,
+        forward: object,
+        last: DeviceAttention | None,
+        settle: Callable[[], None],
+        tally: Tally | None = None,
     ) -> DeviceAttention | None:
         """As :meth:`DeviceLinear.of`; None where ``forward`` is none of CUDA's."""
         on_gpu = isinstance(forward, CudaFused)
@@ -50,21 +55,21 @@ class DeviceAttention:
             if on_gpu and last._where == do.device:
                 return last
             settle()
-        return cls(do.device) if on_gpu else None
+        return cls(do.device, tally) if on_gpu else None
 
-    def __init__(self, where: torch.device | None = None) -> None:
+    def __init__(self, where: torch.device | None = None, tally: Tally | None = None) -> None:
         self.kernel = ""
         self._where = where
         self.by_kernel = True
         self.slower = False
         self._asked: tuple[object, ...] | None = None
         self._chosen_by: Callable[[Tensor], object] | None = None  # in this backward
-        self._tally = Tally()
+        self._tally = tally or Tally()
         self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
 
     def live_queries(self, do: Tensor, forward: CudaFused) -> Queries | None:
         """The rows of ``do`` [B, H, T, D] that are not zero, or None: nobody looked, or it would not pay."""
-        worth_looking = forward.by_kernel and _flops(forward, len(do) * do.shape[2]) >= _WORTH_LOOKING
+        worth_looking = forward.by_kernel and flops_of(forward, len(do) * do.shape[2]) >= WORTH_LOOKING
         if not worth_looking or not self._looks.due():
             return None
         live = on_device.live_queries(do)
@@ -73,14 +78,25 @@ class DeviceAttention:
 
     def pays(self, method: Reuse | Sample, do: Tensor, forward: CudaFused) -> bool:
         """Whether to choose rows by ``method``; as :meth:`DeviceLinear.pays`."""
-        share = cast(float, method.keep)
-        self._asked = ("chosen", method.method, *self._sizes(do, forward), round(16 * share))
+        self._asked = self._asked_of(method, self.sizes(do, forward))
         self.slower = choice.known(self._asked) == "dense"
         return not self.slower
 
-    def draw(self, do: Tensor, forward: CudaFused, keep: float, clip: float | None, draw: Draw) -> Queries:
-        """round(keep · B · T) rows drawn by ‖dO_t‖ over all heads; see :mod:`methods.attention`."""
-        numbers = (draw.number(), draw.number())
+    @classmethod
+    def is_faster(cls, method: Reuse | Sample, sizes: tuple[object, ...]) -> bool:
+        """Whether ``method`` was not found to be slower, for what :meth:`sizes` says of a backward."""
+        return choice.known(cls._asked_of(method, sizes)) != "dense"
+
+    @staticmethod
+    def _asked_of(method: Reuse | Sample, sizes: tuple[object, ...]) -> tuple[object, ...]:
+        return ("chosen", method.method, *sizes, round(16 * cast(float, method.keep)))
+
+    def draw(
+        self, do: Tensor, forward: CudaFused, keep: float, clip: float | None, draw: Draw | Tensor
+    ) -> Queries:
+        """round(keep · B · T) rows drawn by ‖dO_t‖ over all heads; see :mod:`methods.attention`. ``draw`` may
+        be its numbers, on the device."""
+        numbers = draw if isinstance(draw, Tensor) else (draw.number(), draw.number())
 
         def choose(tally: Tensor) -> Queries:
             k = number_kept(keep, len(do) * do.shape[2])
@@ -135,7 +151,7 @@ class DeviceAttention:
             return by_aten()
         if queries.weights is None:
             count = queries.live.sum(dtype=torch.int32)
-            flops = _flops(forward, 1)
+            flops = flops_of(forward, 1)
             tally = self._tally.on(do.device)
             on_device.tally_rows(tally, count, queries.live.numel(), zero=True, flops=flops)
         return by_triton()
@@ -153,7 +169,7 @@ class DeviceAttention:
         }
         choice.fastest(self._asked, candidates)
 
-    def _sizes(self, do: Tensor, forward: CudaFused) -> tuple[object, ...]:
+    def sizes(self, do: Tensor, forward: CudaFused) -> tuple[object, ...]:
         """What the time of a backward depends on, but for the rows."""
         b, h, t, d = forward.shape
         mask = None if forward.mask is None else (forward.mask.dtype, forward.mask.stride(-2) == 0)
@@ -163,14 +179,14 @@ class DeviceAttention:
         )
 
     def _key(self, do: Tensor, forward: CudaFused, queries: Queries) -> tuple[object, ...]:
-        return (*self._sizes(do, forward), queries.weights is None, round(16 * queries.share))
+        return (*self.sizes(do, forward), queries.weights is None, round(16 * queries.share))
 
     def settle(self) -> tuple[int, int, int]:
         """The tally since the last call, on the host."""
         return self._tally.settle()
 
 
-def _flops(forward: CudaFused, rows: int) -> int:
+def flops_of(forward: CudaFused, rows: int) -> int:
     """Of the five products, over so many query rows in all heads."""
     _, heads, _, features = forward.shape
     return 10 * rows * heads * forward.keys * features

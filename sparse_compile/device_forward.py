@@ -19,10 +19,10 @@ from sparse_compile.looks import LaterLooks
 from sparse_compile.methods.rows import Rows
 from sparse_compile.tally import Tally
 
-# As for a backward: see device_linear.py.
-_WORTH_SKIPPING = 1 / 16
+# Products over gathered rows are not as fast as dense ones: fewer rows than this share are not skipped.
+WORTH_SKIPPING = 1 / 16
 _LONGEST_PAUSE = 15
-_PARTS = 8  # a share of rows is taken as so many parts, for keys of timings
+PARTS = 8  # a share of rows is taken as so many parts, for keys of timings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,10 +40,25 @@ class Needed:
     @classmethod
     def given(cls, kept: Tensor, count: Tensor, slot: Tensor, skip: Tensor) -> Needed | None:
         """What :meth:`DeviceForward.slots` returned; None: no row is to be skipped."""
-        parts = int(skip)
-        if parts == 0:
-            return None
-        return cls(Rows(kept, count=count, slot=slot, padded=True), (parts - 1) / _PARTS)
+        return cls.of(Rows(kept, count=count, slot=slot, padded=True), int(skip))
+
+    @classmethod
+    def of(cls, rows: Rows, skip: int) -> Needed | None:
+        """``rows``; None if ``skip`` is 0, and no row is to be skipped. Else it is 1 more than the share of
+        needed rows, in eighths."""
+        return cls(rows, share_skipped(skip)) if skip else None
+
+
+def skipped(alive: int, n: int) -> int:
+    """Whether to skip all but ``alive`` of ``n`` rows: 1 more than their share, in eighths, or 0: not. (Of
+    −1, nothing is known.)"""
+    pays = 0 <= alive <= (1 - WORTH_SKIPPING) * n and n > 0
+    return 1 + round(PARTS * alive / n) if pays else 0
+
+
+def share_skipped(skip: int) -> float:
+    """The share of the rows that are not skipped, by such a number."""
+    return (skip - 1) / PARTS
 
 
 class DeviceForward:
@@ -66,14 +81,19 @@ class DeviceForward:
             1 more than the share of needed rows, in eighths.
         """
         n = len(needed)
-        looks = self._looks.setdefault(call, LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING))
+        looks = self._looks.setdefault(call, LaterLooks(_LONGEST_PAUSE, WORTH_SKIPPING))
         if on_device.available(needed.device) and n > 0 and looks.due():
             kept, count, slot, copies = on_device.needed_slots(needed)
             found = looks.found(count, n)
-            return kept, count, slot, copies, _number(found * (1 + round(_PARTS * looks.alive)))
-        kept, count = (torch.empty(size, dtype=torch.int32, device=needed.device) for size in (n, 1))
-        slot, copies = (torch.empty(n, dtype=torch.int64, device=needed.device) for _ in range(2))
-        return kept, count, slot, copies, _number(0)
+            return kept, count, slot, copies, _number(found * (1 + round(PARTS * looks.alive)))
+        return *self.no_slots(needed), _number(0)
+
+    @staticmethod
+    def no_slots(needed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Buffers for the rows with ``needed``, bool [N], that hold anything."""
+        kept, count = (needed.new_empty(size, dtype=torch.int32) for size in (needed.shape[0], 1))
+        slot, copies = (needed.new_empty(needed.shape, dtype=torch.int64) for _ in range(2))
+        return kept, count, slot, copies
 
     def linear(
         self,
@@ -124,6 +144,10 @@ class DeviceForward:
         count = needed.rows.count
         if self._skipped and count is not None:
             on_device.tally_rows(self._tally.on(count.device), count, n, zero=False, flops=flops)
+
+    def reserve(self, device: torch.device) -> None:
+        """Make what is counted in, before anything is recorded."""
+        self._tally.on(device)
 
     def settle(self) -> tuple[int, int]:
         """The rows that were left out since the last call, and the FLOPs that this saved."""

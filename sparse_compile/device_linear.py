@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sparse_compile.device_forward import Needed
+from sparse_compile.device_forward import WORTH_SKIPPING, Needed
 from sparse_compile.kernels import choice, on_device, semi_structured, triton
 from sparse_compile.kernels import linear as aten
 from sparse_compile.later import Later
@@ -32,10 +32,8 @@ from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.tally import Tally
 
-# Products over gathered rows are not as fast as dense ones: fewer zero rows than this are not skipped.
-_WORTH_SKIPPING = 1 / 16
 # FLOPs of the two products, below which looking takes longer than multiplying: an H100 does 4e9 in 5 µs.
-_WORTH_LOOKING = 4e9
+WORTH_LOOKING = 4e9
 # The n:m of which any four neighbours hold two at most, as how many of four.
 _OF_FOUR = {(1, 4): 1, (2, 4): 2}
 # Backwards between two looks, at most. A look costs about 10 µs where a 1024 × 1024 layer of 16 k tokens
@@ -54,17 +52,26 @@ class DeviceLinear:
     """
 
     @classmethod
-    def of(cls, dy: Tensor, last: DeviceLinear | None, settle: Callable[[], None]) -> DeviceLinear | None:
+    def of(
+        cls,
+        dy: Tensor,
+        last: DeviceLinear | None,
+        settle: Callable[[], None],
+        tally: Tally | None = None,
+    ) -> DeviceLinear | None:
         """What is kept for ``dy``, or None: there are no kernels for it. It is the ``last``, unless the model
-        has moved (``model.cpu()``, ``.to("cuda:1")``, ``.double()``); then ``settle`` is called before."""
+        has moved (``model.cpu()``, ``.to("cuda:1")``, ``.double()``); then ``settle`` is called before. A new
+        one counts in ``tally``, if there is one."""
         where = (dy.device, dy.dtype)
         if last is not None:
             if last._where == where:
                 return last
             settle()
-        return cls(where) if on_device.usable(dy) else None
+        return cls(where, tally) if on_device.usable(dy) else None
 
-    def __init__(self, where: tuple[torch.device, torch.dtype] | None = None) -> None:
+    def __init__(
+        self, where: tuple[torch.device, torch.dtype] | None = None, tally: Tally | None = None
+    ) -> None:
         self.kernel = ""
         self.needed: Needed | None = None
         self._where = where
@@ -72,26 +79,30 @@ class DeviceLinear:
         self._lacks = (False, False)  # whether X was not there in the last backward, and W
         # What chose rows in this backward, if it is to be timed.
         self._chosen_by: list[Callable[[], object]] = []
-        self._tally = Tally()
+        self._tally = tally or Tally()
         self._live: Later | None = None
-        self._looks = LaterLooks(_LONGEST_PAUSE, _WORTH_SKIPPING)
+        self._looks = LaterLooks(_LONGEST_PAUSE, WORTH_SKIPPING)
 
     def live_rows(self, dy: Tensor, inputs: int) -> Rows | None:
         """The rows of ``dy`` [N, O] that are not zero, or None: nobody looked, or it would not pay. Where the
         forward knew the rows that are needed, it is those."""
-        if self.needed is not None:
-            rows = self.needed.rows
-            assert rows.slot is not None
-            return dataclasses.replace(
-                rows, slot=rows.slot.clone()
-            )  # an op must not return what it was given
-        if 4 * dy.numel() * inputs < _WORTH_LOOKING:
+        if (rows := self.needed_rows()) is not None:
+            return rows
+        if 4 * dy.numel() * inputs < WORTH_LOOKING:
             return None
         if not self._looks.due():
             return None
         rows = on_device.live_rows(dy)
         assert rows.count is not None
         return rows if self._looks.found(rows.count, len(dy)) else None
+
+    def needed_rows(self) -> Rows | None:
+        """The rows that the forward needed, if it knew some."""
+        if self.needed is None:
+            return None
+        rows = self.needed.rows
+        assert rows.slot is not None
+        return dataclasses.replace(rows, slot=rows.slot.clone())  # an op must not return what it was given
 
     def pays(self, method: Reuse | Sample | Adaptive, share: float, shape: tuple[int, ...]) -> bool:
         """Whether to choose rows by ``method``: False where the dense products were found to be as fast. The
@@ -150,11 +161,13 @@ class DeviceLinear:
         return min(len(dy), int(self._live.read()))
 
     def draw(
-        self, dy: Tensor, x: Tensor | None, k: int, cap: float | None, draw: Draw, *, for_dx: bool
+        self, dy: Tensor, x: Tensor | None, k: int, cap: float | None, draw: Draw | Tensor, *, for_dx: bool
     ) -> list[Rows]:
         """k rows of dY [N, O] drawn at random, once for dX, if wanted, and once for dW, if X [N, I] is given:
-        one of both at least. See ``methods/sample.py``."""
-        numbers = [(draw.number(), draw.number()) for _ in range(for_dx + (x is not None))]
+        one of both at least. See ``methods/sample.py``. ``draw`` may be its numbers, on the device."""
+        draws = range(for_dx + (x is not None))
+        numbers: list[tuple[int, int]] | Tensor
+        numbers = draw if isinstance(draw, Tensor) else [(draw.number(), draw.number()) for _ in draws]
 
         def choose(tally: Tensor) -> tuple[list[Rows], Tensor]:
             return on_device.drawn(dy, x, k, cap, numbers, for_dx=for_dx, tally=tally)

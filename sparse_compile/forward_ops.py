@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
 from sparse_compile import runtime
-from sparse_compile.device_forward import Needed
+from sparse_compile.device_forward import DeviceForward, Needed
 from sparse_compile.linear_site import LinearSite
 
 _FEWEST = 2  # rows of `needed_rows`: sizes 0 and 1 are special to compilers
@@ -94,10 +94,7 @@ def _linear_forward_fake(
 def _needed_slots_fake(
     token: Tensor, needed: Tensor, site: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = needed.shape[0]
-    kept, count = (needed.new_empty(size, dtype=torch.int32) for size in (n, 1))
-    slot, copies = (needed.new_empty(n, dtype=torch.int64) for _ in range(2))
-    return kept, count, slot, copies, torch.empty(1, dtype=torch.int64, device="cpu")
+    return *DeviceForward.no_slots(needed), torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("sparse_compile::linear_forward_rows")

@@ -1,18 +1,20 @@
-"""A number on its way from the device to the host."""
+"""Numbers on their way from the device to the host."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Later:
-    """One number of a tensor, to be read later: at the next step, say, when it has long arrived.
+    """One number of a tensor, or all, to be read later: at the next step, say, when it has long arrived.
 
     ``tensor.item()`` would wait for everything that was queued on the device before.
 
     Args:
-        number: [1] or [], of any dtype.
+        number: of any dtype; to be read as one number, [1] or [].
     """
 
     def __init__(self, number: Tensor) -> None:
@@ -27,6 +29,13 @@ class Later:
 
     def read(self) -> float:
         """The number; waits until it has arrived."""
+        return self._arrived().item()
+
+    def values(self) -> list[Any]:
+        """All numbers, as nested lists; waits until they have arrived."""
+        return self._arrived().tolist()
+
+    def _arrived(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return self._host.item()
+        return self._host

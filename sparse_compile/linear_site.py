@@ -14,6 +14,7 @@ from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
+from sparse_compile.planned_linear import PlannedLinear
 from sparse_compile.rotation import RotatedWeight
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
@@ -35,6 +36,7 @@ class LinearSite(Site):
     Attributes:
         rotated: where its weight gradient goes if the graph hands it over, or None.
         on_device: its forwards on a GPU.
+        planned: its backwards where they are recorded into CUDA graphs.
     """
 
     def __init__(self, name: str, **settings: Any) -> None:
@@ -49,6 +51,7 @@ class LinearSite(Site):
         self._device: DeviceLinear | None = None
         self.rotated: RotatedWeight | None = None
         self.on_device = DeviceForward()
+        self.planned: PlannedLinear = PlannedLinear(self)
 
     def linear_forward(
         self,
@@ -129,7 +132,7 @@ class LinearSite(Site):
         same = operands == self._nothing_to_ask and needed is None and not measured
         if same and self._has_no_method(phase) and not self._looks.due():
             # As the last time. To ask all of the below takes 0.1 ms, since none of it is in the cache.
-            self._count(n - len(dy), [len(dy)] * ((x is not None) + (w is not None)))
+            self.count(n - len(dy), [len(dy)] * ((x is not None) + (w is not None)))
             self._count_forward(n - len(dy))
             return kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
@@ -161,7 +164,7 @@ class LinearSite(Site):
         wanted = ((for_dx, w), (for_dw, x))
         # Rows that the device alone has counted are taken as computed here, and taken off by settle().
         computed = [e.computed if isinstance(e, Rows) else len(dy) for e, _ in wanted]
-        self._count(
+        self.count(
             n - len(dy) + zero,
             [k for k, (_, operand) in zip(computed, wanted, strict=True) if operand is not None],
         )
@@ -232,7 +235,8 @@ class LinearSite(Site):
         """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A share
         that the user has fixed is kept to, unless a GPU has measured it to be slower. What exact skips,
         sampling cannot save once more. (All other costs are those of a CPU, on every device.)"""
-        if self._device and not self._device.pays(method, self._share(method), self.shape):
+        device = self._device or self.planned.device
+        if device and not device.pays(method, self._share(method), self.shape):
             return False
         if not isinstance(method, Adaptive) or not self.shape or self._share(method) == 1.0:
             return True
@@ -303,8 +307,7 @@ class LinearSite(Site):
     ) -> tuple[int, Estimates]:
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
         gradients = "weight" if isinstance(method, Adaptive) else method.gradients
-        draw = sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws}")
-        self._draws += 1
+        draw = self.next_draw(use)
         wanted = (gradients != "weight", gradients != "input" and x is not None)
         drawn: list[Rows] = []
         if self._device is not None:
@@ -332,6 +335,11 @@ class LinearSite(Site):
         # A product is not sampled, or not asked for.
         _, (exactly, _) = self._exactly(dy, needed) if zero or self._device else (0, (dy, dy))
         return zero, (drawn[0] if wanted[0] else exactly, drawn[0] if wanted[1] else exactly)
+
+    def next_draw(self, use: Use) -> sample.Draw:
+        """The random numbers of one backward."""
+        self._draws += 1
+        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
 
     def _number_drawn(self, method: Sample | Adaptive, live: int) -> tuple[int, float | None]:
         """How many rows are drawn, where so many are not zero; and the cap on their weights."""
@@ -368,7 +376,7 @@ class LinearSite(Site):
         self.counters.rows_unneeded += unneeded
         self.counters.flops_forward -= 2 * unneeded * inputs * outputs
 
-    def _count(self, zero: int, computed: list[int]) -> None:
+    def count(self, zero: int, computed: list[int]) -> None:
         """Count a backward with so many zero rows, and so many rows computed in each of its products."""
         n, inputs, outputs = self.shape
         self.counters.backwards += 1
@@ -387,8 +395,8 @@ class LinearSite(Site):
         self.counters.flops_backward += self.rotated.basis.flops(rows) - 2 * rows * outputs * inputs
 
     def settle(self) -> None:
-        if self._device is not None:
-            zero, skipped, flops = self._device.settle()
+        for on_gpu in (self._device, self.planned):
+            zero, skipped, flops = (0, 0, 0) if on_gpu is None else on_gpu.settle()
             self.counters.rows_zero += zero
             self.counters.rows_computed -= skipped
             self.counters.flops_backward -= flops
@@ -398,14 +406,17 @@ class LinearSite(Site):
 
     def forget(self) -> None:
         self._memory.clear()
+        self.planned.memory.forget()
         self._needed.clear()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"draws": self._draws, "looks": self._looks.state(), "live": self._live}
-        return {**self._memory.state_dict(), **own}
+        memory = self.planned if self.planned.used else self._memory
+        return {**memory.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state)
+        self.planned.load_state_dict(state)
         self._draws = state.get("draws", 0)
         self._looks.load(state.get("looks", [0, 0]))
         self._live = state.get("live")

@@ -176,7 +176,7 @@ def _fused_attention_backward(
 def _cuda_attention_backward(
     token: Tensor, site: int, form: str, do: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention(token, site, do, _cuda_fused(form, *rest))
+    return _attention(token, site, do, CudaFused.of(form, *rest))
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
@@ -197,21 +197,6 @@ def _attention_backward(
         probabilities = probabilities.reshape(dropped.shape)
     dq, dk, dv = _attention(token, site, do, Chain(dropped, probabilities, v, q, kt, scale))
     return dq.flatten(0, 1), dk.transpose(2, 3).flatten(0, 1), dv.flatten(0, 1)
-
-
-def _cuda_fused(
-    form: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float | None,
-    *rest: Any,
-) -> CudaFused:
-    return CudaFused(form, q, k, v, out, lse, causal, mask, scale, rest)
 
 
 def _attention(
@@ -241,12 +226,8 @@ def _linear_backward_fake(
     dx_whole: bool = False,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0], w.shape[1])
-    index = dy.new_empty(0 if w is None or dx_whole else dy.shape[0], dtype=torch.int64)
-    if x is None or handed_over:
-        return rows, index, dy.new_empty(0)
-    shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
-    return rows, index, dy.new_empty(shape)
+    asked = None if handed_over else x
+    return kernel.empty_backward(dy, asked, w, dw_transposed=dw_transposed, dx_whole=dx_whole)
 
 
 @torch.library.register_fake("sparse_compile::fused_attention_backward")
@@ -260,7 +241,7 @@ def _fused_attention_backward_fake(
 def _cuda_attention_backward_fake(
     token: Tensor, site: int, form: str, do: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _cuda_fused(form, *rest).backward(do)
+    return CudaFused.of(form, *rest).backward(do)
 
 
 @torch.library.register_fake("sparse_compile::attention_backward")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_compile import naming
@@ -31,6 +31,7 @@ from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
+from sparse_compile.plan import Plan, PlannedCalls, Planner
 from sparse_compile.rotation import Rotation
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
@@ -54,7 +55,7 @@ _KINDS: dict[str, type[Site]] = {"linear": LinearSite, "attention": AttentionSit
 _ids = itertools.count()
 _forwards = itertools.count()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
-_running: contextvars.ContextVar[tuple[Runtime, Owner] | None] = contextvars.ContextVar(
+_running: contextvars.ContextVar[tuple[Runtime, Owner, PlannedCalls | None] | None] = contextvars.ContextVar(
     "running", default=None
 )
 
@@ -72,9 +73,14 @@ class Lanes:
         if step != self.step:
             self.taken.clear()
             self.step = step
-        lane = next(lane for lane in itertools.count() if lane not in self.taken)
+        lane = self.next(step)
         self.taken.add(lane)
         return lane
+
+    def next(self, step: int) -> int:
+        """The lane that a forward would be given."""
+        taken = self.taken if step == self.step else ()
+        return next(lane for lane in itertools.count() if lane not in taken)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ class RunningGraph:
     records: list[SiteRecord]
     sites: list[Site]
     lanes: Lanes
+    planner: Planner
 
 
 class Runtime:
@@ -118,9 +125,9 @@ class Runtime:
         _runtimes[self.id] = self
 
     @contextlib.contextmanager
-    def forward_of(self, owner: Owner) -> Iterator[None]:
-        """While a compiled callable runs: what ``begin`` asks for."""
-        token = _running.set((self, owner))
+    def forward_of(self, owner: Owner, calls: PlannedCalls | None = None) -> Iterator[None]:
+        """While a compiled callable runs: what ``begin`` asks for. ``calls`` are its plans, if it has any."""
+        token = _running.set((self, owner, calls))
         try:
             yield
         finally:
@@ -158,8 +165,33 @@ class Runtime:
             records = self.note(sites, saved, owner)
             number = self._graph_ids[key] = len(self._graphs)
             lanes = self._lanes.setdefault(tuple(record.name for record in records), Lanes())
-            self._graphs.append(RunningGraph(records, self._make_sites(records, owner), lanes))
+            sites_made = self._make_sites(records, owner)
+            planner = Planner(sites_made, [record.call for record in records])
+            self._graphs.append(RunningGraph(records, sites_made, lanes, planner))
         return self.id, number, self._graphs[number].lanes.open(self.clock.step), next(_forwards)
+
+    def plan(self, calls: PlannedCalls, owner: Owner, inputs: Sequence[Any]) -> Plan:
+        """What a forward that is about to begin does."""
+        shapes = calls.shapes(inputs)
+        number = calls.graphs.get((self._copy(owner), owner.prefix))
+        if number is None:
+            return calls.first(shapes)
+        graph = self._graphs[number]
+        lane = graph.lanes.next(self.clock.step)
+        return graph.planner.plan(self.clock.phase, lane, shapes, calls.device)
+
+    def begin(self, token: Token, plan: Plan, calls: PlannedCalls, owner: Owner) -> None:
+        """A forward of a plan begins, which may be the first of its graph."""
+        graph = self._graphs[token[1]]
+        calls.graphs[self._copy(owner), owner.prefix] = token[1]
+        if not plan.choices:
+            graph.planner.adopt(plan, self.clock.phase, token[2], calls.device)
+        graph.planner.begin(plan)
+
+    def prepare(self, token: Token, plan: Plan, device: torch.device) -> Tensor:
+        """A backward of a plan begins; the numbers that change from step to step."""
+        self._backward_began(self._graphs[token[1]], token[2])
+        return self._graphs[token[1]].planner.prepare(plan, device)
 
     def note(self, records: list[SiteRecord], saved: list[SavedRecord], owner: Owner) -> list[SiteRecord]:
         """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
@@ -265,10 +297,13 @@ class Runtime:
     def find(self, token: Token, number: int) -> tuple[Site, Use, Phase]:
         """The site with this number in the graph that the token names, and what holds for it now."""
         graph = self._graphs[token[1]]
-        if token[2] in graph.lanes.taken:  # the first op of this backward
-            graph.lanes.taken.discard(token[2])
-            self.clock.backward_began()
+        self._backward_began(graph, token[2])
         return graph.sites[number], (graph.records[number].call, token[2]), self.clock.phase
+
+    def _backward_began(self, graph: RunningGraph, lane: int) -> None:
+        if lane in graph.lanes.taken:  # the first op of this backward
+            graph.lanes.taken.discard(lane)
+            self.clock.backward_began()
 
     def site(self, token: Token, number: int) -> tuple[Site, Use]:
         """The site with this number in the graph that the token names, for an op of the forward."""
@@ -309,13 +344,22 @@ def _load(site: Site, state: dict[str, Any]) -> None:
     site.load_state_dict({key: value for key, value in state.items() if key != "counters"})
 
 
-def begin(manifest: str) -> Token:
-    """Called by the ``begin`` op: whose forward is this?"""
+def begin(manifest: str, plan: Plan | None = None) -> Token:
+    """Called by the ``begin`` op: whose forward is this? ``plan`` is what it does, if it is planned."""
     running = _running.get()
     if running is None:
         return NO_TOKEN
-    runtime, owner = running
-    return runtime.open(manifest, owner)
+    runtime, owner, calls = running
+    token = runtime.open(manifest, owner)
+    if plan is not None and calls is not None:
+        runtime.begin(token, plan, calls, owner)
+    return token
+
+
+def prepare(token: Sequence[int], plan: Plan | None, device: torch.device) -> Tensor | None:
+    """Called at the head of a planned backward; None if its backend is gone."""
+    runtime = _runtimes.get(token[0])
+    return None if runtime is None or plan is None else runtime.prepare(_token(token), plan, device)
 
 
 def site(token: Sequence[int], number: int) -> tuple[Site, Use] | None:

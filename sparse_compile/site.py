@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from sparse_compile.controller import Controller
+from sparse_compile.plan import NotPlanned, Planned
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.telemetry import Telemetry
 
@@ -42,6 +43,7 @@ class Site:
         shape: as the report gives it, at the last backward; empty before the first.
         method: that of the last backward.
         kernel: what its products ran on, where there was a choice (on a GPU).
+        planned: what it does where it is recorded into CUDA graphs.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Site:
         self.method = "dense" if left_alone else "exact"
         self.kernel = ""
         self.counters = Counters()
+        self.planned: Planned = NotPlanned()
 
     @property
     def density(self) -> float:

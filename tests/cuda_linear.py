@@ -44,7 +44,7 @@ class OnDevice:
         moved = (None if t is None else t.to(self.device) for t in (dy, x, w))
         with self.monkeypatch.context() as patch:
             patch.setattr(on_device, "usable", lambda dy: True)
-            patch.setattr(device_linear, "_WORTH_LOOKING", 0)
+            patch.setattr(device_linear, "WORTH_LOOKING", 0)
             return written(self.site.linear_backward(*moved, **options))
 
 

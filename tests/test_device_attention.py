@@ -69,7 +69,7 @@ def device() -> torch.device:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
-    monkeypatch.setattr(device_attention, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_attention, "WORTH_LOOKING", 0)
 
 
 @pytest.fixture(params=["aten", "triton"])

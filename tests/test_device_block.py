@@ -94,7 +94,7 @@ def test_a_measurement_is_the_hosts(device: torch.device, monkeypatch: pytest.Mo
 def test_training_a_model(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole backend: what is dropped behind a block is skipped in all before it."""
     monkeypatch.setattr(on_device, "usable", lambda _: True)
-    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
     torch.manual_seed(0)
 

@@ -39,7 +39,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "_WORTH_ASKING", 0)
     monkeypatch.setattr(on_device, "usable", lambda x: x.dtype == torch.float32)
     monkeypatch.setattr(on_device, "available", lambda device: True)
-    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
 
 

@@ -189,7 +189,7 @@ def test_an_overflow_reaches_the_gradients_and_leaves_no_base(run: Callable[...,
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the ops: every linear takes the GPU's path, and Triton's kernels."""
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
-    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
 
 
@@ -267,7 +267,7 @@ def test_nothing_waits_for_the_gpu(
     ours = run()
     options = {"tokens": TOKENS, "phase": at(METHODS[name]), "dw_transposed": False}
     operands = [t.cuda() for t in batch(0)]
-    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     for _ in range(3):  # kernels are built, and the base is there
         ours.site.linear_backward(*operands, **options)
     with nothing_waits():

@@ -29,8 +29,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton, in every dtype that it knows."""
     if not GPU:
         monkeypatch.setattr(on_device, "usable", lambda dy: dy.dtype in triton.DTYPES)
-    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
-    monkeypatch.setattr(device_attention, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_attention, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
 
 

@@ -67,6 +67,23 @@ class CudaFused:
     rest: tuple[Any, ...]
     stored: bool = dataclasses.field(default=False, init=False)
 
+    @classmethod
+    def of(
+        cls,
+        form: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        mask: Tensor | None,
+        scale: float | None,
+        *rest: Any,
+    ) -> CudaFused:
+        """As the ops have them."""
+        return cls(form, q, k, v, out, lse, causal, mask, scale, rest)
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         b, h, t, d = self.q.shape

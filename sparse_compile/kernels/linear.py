@@ -161,3 +161,15 @@ def sum_dropped(x: Tensor, rows: Rows, *, out: Tensor | None = None, kept: Tenso
         mask = rows.dropped.view(samples, tokens).t().unsqueeze(1).to(x.dtype)
         out.copy_(torch.bmm(mask, per_sample.transpose(0, 1)).squeeze(1))
     return out
+
+
+def empty_backward(
+    dy: Tensor, x: Tensor | None, w: Tensor | None, *, dw_transposed: bool, dx_whole: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the sizes that the ops of a linear's backward return: rows and index of dX, and dW."""
+    rows = dy.new_empty(0) if w is None else dy.new_empty(dy.shape[0], w.shape[1])
+    index = dy.new_empty(0 if w is None or dx_whole else dy.shape[0], dtype=torch.int64)
+    if x is None:
+        return rows, index, dy.new_empty(0)
+    shape = (x.shape[1], dy.shape[1]) if dw_transposed else (dy.shape[1], x.shape[1])
+    return rows, index, dy.new_empty(shape)

@@ -72,7 +72,7 @@ def drawn(
     x: Tensor | None,
     k: int,
     cap: float | None,
-    numbers: list[tuple[int, int]],
+    numbers: list[tuple[int, int]] | Tensor,
     *,
     for_dx: bool,
     tally: Tensor,
@@ -86,7 +86,8 @@ def drawn(
     if len(dy) == 0:
         none = _no_rows(dy)
         rows = dataclasses.replace(none, scale=dy.new_empty(0, dtype=torch.float32))
-        return [rows] * len(numbers), none.kept.new_zeros(len(numbers))
+        draws = for_dx + (x is not None)
+        return [rows] * draws, none.kept.new_zeros(draws)
     found = scores(dy, x, norm=for_dx)
     kept, scale, count, slot, _, alive = draw(found, k, cap, numbers, slots=for_dx, tally=tally)
     slots = [slot if for_dx else None, None]
@@ -137,7 +138,9 @@ def live_queries(do: Tensor) -> Tensor:
     return live_rows(do.reshape(b * h * t, d)).view(b, h, t).any(1)
 
 
-def drawn_queries(do: Tensor, k: int, cap: float | None, numbers: tuple[int, int], tally: Tensor) -> Tensor:
+def drawn_queries(
+    do: Tensor, k: int, cap: float | None, numbers: tuple[int, int] | Tensor, tally: Tensor
+) -> Tensor:
     """The weights [B, T] of the k query rows of ``do`` [B, H, T, D] that are drawn by ‖dO_t‖ over all heads,
     zero for the others; see ``triton/draw.py``."""
     from sparse_compile.kernels.triton.row_stats import scores
@@ -148,12 +151,13 @@ def drawn_queries(do: Tensor, k: int, cap: float | None, numbers: tuple[int, int
 
 
 def drawn_weights(
-    scores: Tensor, k: int, cap: float | None, numbers: tuple[int, int], tally: Tensor
+    scores: Tensor, k: int, cap: float | None, numbers: tuple[int, int] | Tensor, tally: Tensor
 ) -> Tensor:
     """The weights [N] of k drawn by ``scores``, float32 [N], zero for the others; see ``triton/draw.py``."""
     from sparse_compile.kernels.triton.draw import draw
 
-    (weights,) = draw(scores.unsqueeze(0), k, cap, [numbers], slots=False, tally=tally)[4]
+    given = numbers if isinstance(numbers, Tensor) else [numbers]
+    (weights,) = draw(scores.unsqueeze(0), k, cap, given, slots=False, tally=tally)[4]
     return weights
 
 

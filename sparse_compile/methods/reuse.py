@@ -26,18 +26,21 @@ from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.reuse import Reuse
 
 
-def next_base(dy: Tensor, tokens: int, sample: int | None) -> Tensor:
+def next_base(dy: Tensor, tokens: int, sample: int | Tensor | None) -> Tensor:
     """P for later backwards.
 
     Args:
         dy: [N, O], N = B · tokens.
         tokens: T, the rows of one sample.
-        sample: which of the B samples to remember, or None for the mean over all of them.
+        sample: which of the B samples to remember, as a number or int64 [1] on the device of ``dy``; or None
+            for the mean over all of them.
 
     Returns:
         [T, O], a tensor of its own.
     """
     per_sample = dy.view(-1, tokens, dy.shape[1])
+    if isinstance(sample, Tensor):
+        return per_sample.index_select(0, sample).squeeze(0)
     return per_sample.mean(0) if sample is None else per_sample[sample].clone()
 
 

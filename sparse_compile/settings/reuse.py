@@ -75,6 +75,11 @@ class Reuse:
         return tuple(self.ratio)
 
     @property
+    def keeps_rows(self) -> bool:
+        """Whether whole rows are kept, in all phases."""
+        return self.granularity == "row"
+
+    @property
     def needs_total_steps(self) -> bool:
         """Whether a phase starts after 0, so that the length of training must be known."""
         return len(self.phases) > 1

@@ -98,6 +98,7 @@ def _draw(
     weights,
     above,
     tally,
+    given,
     n,
     k,
     key_0,
@@ -110,6 +111,7 @@ def _draw(
     cap,
     CAPPED: tl.constexpr,
     SLOTS: tl.constexpr,
+    GIVEN: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,8 +120,13 @@ def _draw(
     weights += draw.to(tl.int64) * n
     kept += draw.to(tl.int64) * k
     scale += draw.to(tl.int64) * k
-    key = tl.where(draw == 0, key_0, key_1).to(tl.uint32)
-    first = tl.where(draw == 0, start_0, start_1).to(tl.int64) << 9  # in units of 2⁻⁴⁰
+    if GIVEN:
+        key = tl.load(given + 2 * draw).to(tl.uint32)
+        reading = tl.load(given + 2 * draw + 1)
+    else:
+        key = tl.where(draw == 0, key_0, key_1).to(tl.uint32)
+        reading = tl.where(draw == 0, start_0, start_1)
+    first = reading.to(tl.int64) << 9  # in units of 2⁻⁴⁰
     alive, sure_at, rate, finite = _rate(scores, n, k, BLOCK)
 
     line = tl.full((), 0, tl.int64)
@@ -180,7 +187,7 @@ def draw(
     scores: Tensor,
     k: int,
     cap: float | None,
-    numbers: list[tuple[int, int]],
+    numbers: list[tuple[int, int]] | Tensor,
     *,
     slots: bool,
     tally: Tensor,
@@ -191,7 +198,8 @@ def draw(
         scores: s, float32 [D, N], contiguous, none negative; D is 1 or 2.
         k: how many rows are drawn, from 1 to N.
         cap: on the weights, or None.
-        numbers: for each draw the key of its order and u · 2³¹, both from 0 to 2³¹ − 1.
+        numbers: for each draw the key of its order and u · 2³¹, both from 0 to 2³¹ − 1; or int64 [2 · D] on
+            the device, where a recorded launch finds new ones at each replay.
         slots: whether ``slot`` is wanted, of the first draw.
         tally: int64, to whose first number the rows without a score are added, of the first draw.
 
@@ -211,12 +219,14 @@ def draw(
     slot = torch.empty(n if slots else 0, dtype=torch.int64, device=device)
     weights = torch.empty(draws, n, dtype=torch.float32, device=device)
     alive = torch.empty(draws, dtype=torch.int32, device=device)
-    (key_0, start_0), (key_1, start_1) = numbers[0], numbers[-1]
+    given = isinstance(numbers, Tensor)
+    (key_0, start_0), (key_1, start_1) = ((0, 0), (0, 0)) if given else (numbers[0], numbers[-1])
     bits = max(2, (n - 1).bit_length())
     launch(
         _draw,
         (draws,),
-        *(scores, kept, scale, count, slot if slots else tally, weights, alive, tally, n, k),
+        *(scores, kept, scale, count, slot if slots else tally, weights, alive, tally),
+        *(numbers if given else tally, n, k),
         *(
             key_0,
             key_1,
@@ -229,6 +239,7 @@ def draw(
         ),
         CAPPED=cap is not None,
         SLOTS=slots,
+        GIVEN=given,
         ROUNDS=ROUNDS,
         BLOCK=_BLOCK,
         num_warps=_WARPS,

@@ -30,7 +30,7 @@ TYPES |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32
 TYPES |= {"ones": "*i32", "mask": "*u8", "bits": "*i8", "dropped": "*i8"}
 TYPES |= {"scores": "*fp32", "weights": "*fp32", "ranks": "*i32", "above": "*i32", "tally": "*i64"}
 TYPES |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32"}
-TYPES |= {"cap": "fp32", "flops": "i64"}
+TYPES |= {"cap": "fp32", "flops": "i64", "given": "*i64"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def others() -> Iterator[Job]:
 
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
     scored = {**block, "SMALLEST": row_stats.SMALLEST}
-    drawn = {"ROUNDS": draw.ROUNDS, "BLOCK": draw._BLOCK}
+    drawn, by_draw = {"ROUNDS": draw.ROUNDS, "BLOCK": draw._BLOCK}, {"num_warps": draw._WARPS}
     summed = {"BLOCK_SAMPLES": base_inputs._SAMPLES, "BLOCK_COLUMNS": base_inputs._COLUMNS}
     chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
@@ -253,8 +253,8 @@ def others() -> Iterator[Job]:
         ("live_rows", row_stats._live_rows, block, {}),
         ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": True}, {}),
         ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": False}, {}),
-        ("draw", draw._draw, {**drawn, "CAPPED": False, "SLOTS": True}, {"num_warps": draw._WARPS}),
-        ("draw", draw._draw, {**drawn, "CAPPED": True, "SLOTS": False}, {"num_warps": draw._WARPS}),
+        ("draw", draw._draw, {**drawn, "CAPPED": False, "SLOTS": True, "GIVEN": False}, by_draw),
+        ("draw", draw._draw, {**drawn, "CAPPED": True, "SLOTS": False, "GIVEN": True}, by_draw),
         ("largest", largest._largest, largest.CONSTANTS, {"num_warps": largest._WARPS}),
         ("tally_rows", compaction._tally_rows, {"ZERO": True}, {"num_warps": 1}),
         ("sum_dropped", base_inputs._sum_dropped, summed, {}),

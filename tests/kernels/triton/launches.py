@@ -117,7 +117,7 @@ def main() -> None:
     launcher._builds = lambda device: True
     tiles.generation = lambda device: 90
     on_device.usable = lambda dy: True
-    device_linear._WORTH_LOOKING = 0
+    device_linear.WORTH_LOOKING = 0
     # Nothing counts, so what is read as a count is anything.
     LaterLooks.due = lambda self: True
     LaterLooks.found = lambda self, alive, n: True

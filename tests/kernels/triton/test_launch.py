@@ -114,7 +114,7 @@ def site_on_a_gpu(
     for module in (base_inputs, compaction, draw, input_gradient, largest, row_stats, weight_gradient):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
-    monkeypatch.setattr(device_linear, "_WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
     site, phase = LinearSite("layer"), Schedule(linear=method).at(0)
     dy, x, w = (torch.randn(size, device=device) for size in ((24, 8), (24, 6), (8, 6)))

@@ -1,0 +1,296 @@
+"""What the sites of a graph do in a step, decided before it runs: for CUDA graphs.
+
+A CUDA graph that was recorded launches the same kernels at the same addresses at each replay, and no code of
+ours runs. So what is decided from step to step is taken out of the ops:
+
+    choose    before a forward: what each site does in this step, as far as the host decides it. Equal choices
+              are one *plan*, with a number. The compiled graph is called with that number, and PyTorch
+              records a CUDA graph for each value of a number that a graph is called with.
+    prepare   an op at the head of each forward and backward, outside of what is recorded: it does what is to
+              be done at every step (draws random numbers, counts, tells the clock), and returns the numbers
+              that change, in a tensor on the GPU, which is an input of what was recorded.
+    launch    the ops themselves: they look up the plan, and launch kernels. A replay needs them no more.
+
+A changed plan (another phase, a first base, rows that pay to be skipped) is recorded when it first comes
+up, and found again when it comes back; nothing is compiled anew. What sites remember lies at addresses
+that stay (:class:`Status`, ``planned_memory.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_compile.later import Later
+from sparse_compile.looks import Looks
+from sparse_compile.memory import Use
+from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.settings.adaptive import Adaptive
+from sparse_compile.settings.monitor import Monitor
+from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
+
+NUMBERS = 4  # of each site, that change from step to step
+# Steps between two looks for rows that are zero, at most. They are looked for in all layers at once, or every
+# combination of layers would be a plan.
+_LONGEST_PAUSE = 15
+# Plans of one graph, beyond which it is decided no more which rows are skipped.
+_MANY = 16
+# The first number of a plan: one that is not the size of anything, or the two would become one symbol.
+_FIRST = 1_000_003
+
+_numbers = itertools.count(_FIRST)
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+
+def refusal(schedule: Schedule, monitor: Monitor | None) -> str | None:
+    """Why what a schedule does cannot be recorded, or None: it can be.
+
+    What cannot be runs between CUDA graphs, each op for itself.
+    """
+    if schedule.weight_gradients is not None:
+        return "weight gradients leave the graph"
+    if monitor is not None:
+        return "gradients are measured"
+    if any(isinstance(method, Adaptive) for method in (schedule.linear, schedule.blocks)):
+        return "shares are adapted to what is measured"
+    if isinstance(schedule.linear, Reuse) and not schedule.linear.keeps_rows:
+        return "single entries are reused"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """What one site does in a step.
+
+    Attributes:
+        method: what estimates its output gradient; None is exact.
+        share: of the samples that go on behind a block.
+        left_alone: it is done densely.
+        recall: there is a base.
+        renew: the base is renewed.
+        look: the rows that are zero are counted.
+        skip: and skipped: 1 more than the share of the others, in eighths; 0 is not.
+        count_mask, skip_mask: the same of rows that no output needs, if its forward makes the mask of them.
+    """
+
+    method: Reuse | Sample | None = None
+    share: float = 1.0
+    left_alone: bool = False
+    recall: bool = False
+    renew: bool = False
+    look: bool = False
+    skip: int = 0
+    count_mask: bool = False
+    skip_mask: int = 0
+
+
+class Planned(Protocol):
+    """The part of a site that decides and prepares."""
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+        """What it would do in a step. Changes nothing.
+
+        Args:
+            phase: what the schedule says of it.
+            use: which use of the layer it is.
+            shapes: those of the graph's inputs.
+            look: whether rows that are zero are to be counted.
+            seen: what the device has reported of it last; see :class:`Status`.
+        """
+        ...
+
+    def reserve(self, device: torch.device) -> None:
+        """Make what launches write to, outside of the memory of a CUDA graph."""
+        ...
+
+    def prepare(self, plan: Plan, number: int) -> list[int]:
+        """What is to be done at each backward, for the site with this number. Returns what its launches read
+        in this one, NUMBERS at most."""
+        ...
+
+
+class NotPlanned:
+    """The part of a site whose op is not recorded."""
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+        return Choice()
+
+    def reserve(self, device: torch.device) -> None:
+        pass
+
+    def prepare(self, plan: Plan, number: int) -> list[int]:
+        return []
+
+
+@dataclasses.dataclass(slots=True, weakref_slot=True)
+class Plan:
+    """What all sites of a graph do in a step.
+
+    Attributes:
+        number: that the graph is called with.
+        shapes: those of the graph's inputs.
+        sites: of the graph, by their numbers. None until the graph has run once, and they are known.
+        uses, choices: of each site.
+        status: what its launches report to, on their GPU.
+    """
+
+    number: int
+    shapes: Hashable
+    sites: Sequence[Any] = ()
+    uses: Sequence[Use] = ()
+    choices: Sequence[Choice] = ()
+    status: Status | None = None
+
+
+class Status:
+    """What the sites of a graph report from the device: int64 [sites, 3] at an address that stays, of each
+    how many rows of its last output gradient were not zero, how many rows its forward needed (−1: nobody
+    looked), and whether what it remembered last was finite.
+
+    The host reads it one step later, when it has long arrived.
+    """
+
+    def __init__(self, sites: int, device: torch.device) -> None:
+        self._seen = [[-1, -1, 1] for _ in range(sites)]
+        self.on_device = torch.tensor(self._seen, dtype=torch.int64, device=device)
+        self._on_the_way: Later | None = None
+
+    def send(self) -> None:
+        """Start what is there now on its way to the host."""
+        self._on_the_way = Later(self.on_device if self.on_device.is_cuda else self.on_device.clone())
+
+    def seen(self) -> list[list[int]]:
+        """What was sent last."""
+        if self._on_the_way is not None:
+            self._seen, self._on_the_way = self._on_the_way.values(), None
+        return self._seen
+
+
+class Planner:
+    """The plans of one graph as one model runs it.
+
+    Args:
+        sites: by their numbers.
+        calls: which use of its layer each is.
+    """
+
+    def __init__(self, sites: Sequence[Any], calls: Sequence[int]) -> None:
+        self._sites = sites
+        self._calls = calls
+        self._looks = Looks(_LONGEST_PAUSE)
+        self._status: dict[torch.device, Status] = {}
+        self._plans: dict[Hashable, Plan] = {}
+        self._adopted: list[Plan] = []
+        self._skipped: list[tuple[int, int]] | None = None
+
+    def plan(self, phase: Phase, lane: int, shapes: Hashable, device: torch.device) -> Plan:
+        """The plan of a step that is about to begin."""
+        uses, choices = self._choose(phase, lane, shapes, device)
+        key = (device, lane, shapes, choices)
+        if key not in self._plans:
+            self._plans[key] = self._complete(new_plan(shapes), uses, choices, device)
+        return self._plans[key]
+
+    def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:
+        """Decide for a plan that was made before the graph was known."""
+        uses, choices = self._choose(phase, lane, plan.shapes, device)
+        self._adopted.append(self._complete(plan, uses, choices, device))
+
+    def _complete(
+        self, plan: Plan, uses: tuple[Use, ...], choices: tuple[Choice, ...], device: torch.device
+    ) -> Plan:
+        plan.sites, plan.uses, plan.choices, plan.status = self._sites, uses, choices, self._status[device]
+        return plan
+
+    def _choose(
+        self, phase: Phase, lane: int, shapes: Hashable, device: torch.device
+    ) -> tuple[tuple[Use, ...], tuple[Choice, ...]]:
+        if device not in self._status:
+            self._status[device] = Status(len(self._sites), device)
+        seen = self._status[device].seen()
+        uses = [(call, lane) for call in self._calls]
+        look = self._looks.due()
+        choices = []
+        for site, use, of_it in zip(self._sites, uses, seen, strict=True):
+            site.planned.reserve(device)
+            choices.append(site.planned.choose(phase, use, shapes, look, of_it))
+        skipped = [(choice.skip, choice.skip_mask) for choice in choices]
+        if len(self._plans) < _MANY or self._skipped is None:
+            if look:
+                self._looks.found(skipped != self._skipped)
+            self._skipped = skipped
+        elif skipped != self._skipped:
+            choices = [
+                dataclasses.replace(choice, skip=skip if choice.look else 0, skip_mask=mask)
+                for choice, (skip, mask) in zip(choices, self._skipped, strict=True)
+            ]
+        return tuple(uses), tuple(choices)
+
+    @staticmethod
+    def begin(plan: Plan) -> None:
+        """A forward of the plan begins."""
+        if plan.status is not None:
+            plan.status.send()
+
+    def prepare(self, plan: Plan, device: torch.device) -> Tensor:
+        """A backward of the plan begins: the numbers that change, int64 [sites, NUMBERS]."""
+        numbers = [site.planned.prepare(plan, number) for number, site in enumerate(self._sites)]
+        if not any(numbers):
+            return torch.zeros(len(numbers), NUMBERS, dtype=torch.int64, device=device)
+        padded = [some + [0] * (NUMBERS - len(some)) for some in numbers]
+        on_host = torch.tensor(padded, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return on_host.to(device, non_blocking=True, copy=True)
+
+
+class PlannedCalls:
+    """The plans of one compiled callable.
+
+    Args:
+        parameters: positions of its parameters among its inputs: their sizes do not change.
+        device: the GPU of its inputs.
+
+    Attributes:
+        graphs: which graph it runs, for each model and place there that it was called for.
+    """
+
+    def __init__(self, parameters: Collection[int], device: torch.device) -> None:
+        self._parameters = frozenset(parameters)
+        self.device = device
+        self._first: dict[Hashable, Plan] = {}
+        self.graphs: dict[tuple[int, str], int] = {}
+
+    def shapes(self, inputs: Sequence[Any]) -> Hashable:
+        """What tells batches of different sizes apart."""
+        batch = [each for i, each in enumerate(inputs) if i not in self._parameters]
+        return tuple(each.shape if isinstance(each, Tensor) else each for each in batch)
+
+    def first(self, shapes: Hashable) -> Plan:
+        """The plan of a graph that has not run yet; or that never asks for one, as without gradients."""
+        if shapes not in self._first:
+            self._first[shapes] = new_plan(shapes)
+        return self._first[shapes]
+
+
+def new_plan(shapes: Hashable) -> Plan:
+    """A plan that nothing is known of yet."""
+    plan = Plan(next(_numbers), shapes)
+    _plans[plan.number] = plan
+    return plan
+
+
+def made(number: int) -> Plan | None:
+    """The plan with this number, of which nothing may be known yet; None if its backend is gone."""
+    return _plans.get(number)
+
+
+def find(number: int) -> Plan | None:
+    """The plan with this number; None if its backend is gone, or its graph belongs to none."""
+    plan = made(number)
+    return plan if plan is not None and plan.choices else None

@@ -1,0 +1,219 @@
+"""An attention on a GPU whose launches are recorded into CUDA graphs; see ``plan.py``.
+
+As ``planned_linear.py``: the gradients are those of ``device_attention.py``, decided ahead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from sparse_compile.device_attention import WORTH_LOOKING, DeviceAttention, flops_of
+from sparse_compile.device_forward import share_skipped, skipped
+from sparse_compile.kernels import on_device
+from sparse_compile.kernels.attention import Gradients
+from sparse_compile.kernels.attention_cuda import CudaFused, Queries
+from sparse_compile.memory import Use
+from sparse_compile.methods import attention
+from sparse_compile.methods.rows import number_kept
+from sparse_compile.plan import Choice, Plan
+from sparse_compile.planned_memory import PlannedMemory
+from sparse_compile.schedule import Phase
+from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
+from sparse_compile.tally import Tally
+
+if TYPE_CHECKING:
+    from sparse_compile.attention_site import AttentionSite
+
+Counted = tuple[tuple[int, int, int, int], int, int]  # the shape, the keys, and the rows that are computed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """Of a backward: its shape [B, H, T, D], the number of keys, its FLOPs, and what its time depends on."""
+
+    shape: tuple[int, int, int, int]
+    keys: int
+    flops: int
+    by_kernel: bool
+    timed_as: tuple[object, ...]
+
+
+class PlannedAttention:
+    """What an attention's site does where it is planned."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self._site = site
+        self.memory = PlannedMemory()
+        self._seen: dict[tuple[int, Hashable], Seen] = {}
+        self.device: DeviceAttention | None = None
+        self._tally = Tally()
+        self._counted: dict[int, Counted] = {}
+        self._to_count: Counted | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether a backward was planned."""
+        return bool(self._seen)
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+        """See :class:`plan.Planned`."""
+        last = self._seen.get((use[0], shapes))
+        if self._site.left_alone:
+            return Choice(left_alone=True)
+        if last is None:
+            return Choice(phase.attention if isinstance(phase.attention, Reuse) else None, look=look)
+        rows = last.shape[0] * last.shape[2]
+        method = phase.attention
+        if method is None or not self._applies(method, last):
+            skip = skipped(seen[0], rows)
+            worth_looking = last.by_kernel and last.flops >= WORTH_LOOKING
+            return Choice(look=look or skip > 0, skip=skip) if worth_looking else Choice()
+        if isinstance(method, Sample):
+            return Choice(method)
+        sizes = (last.shape[2], last.keys)
+        if not self.memory.has_room(use, sizes):
+            return Choice(method, look=look)
+        age = self.memory.age(use, sizes) if seen[2] else None
+        if age is None:
+            return Choice(method, renew=True, look=look)
+        return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
+
+    def _applies(self, method: Reuse | Sample, last: Seen) -> bool:
+        if method.keep == 1.0 or self._site.held_back or not last.by_kernel:
+            return False
+        if isinstance(method, Reuse) and not method.keeps_rows:
+            return False
+        return DeviceAttention.is_faster(method, last.timed_as)
+
+    def reserve(self, device: torch.device) -> None:
+        """Make what launches write to."""
+        self._tally.on(device)
+        self.memory.reserve(device)
+
+    def prepare(self, plan: Plan, number: int) -> list[int]:
+        """See :class:`plan.Planned`."""
+        self.settle_counts()
+        self._to_count = self._counted.get(plan.number)
+        choice, use, site = plan.choices[number], plan.uses[number], self._site
+        last = self._seen.get((use[0], plan.shapes))
+        if isinstance(choice.method, Sample):
+            draw = site.next_draw(use)
+            return [draw.number(), draw.number()]
+        if not isinstance(choice.method, Reuse):
+            self.memory.clear()  # or it would be of long ago, should it be reused again
+        if not isinstance(choice.method, Reuse) or last is None:
+            return []
+        sizes = (last.shape[2], last.keys)
+        if choice.recall:
+            self.memory.recalled(use, sizes)
+        if not choice.renew:
+            return []
+        seed = f"{site.seed}/{site.name}/{use}/{self.memory.refreshes + 1}"
+        return self.memory.renewed(use, sizes, source=choice.method.source, samples=last.shape[0], seed=seed)
+
+    def launch(self, plan: Plan, number: int, numbers: Tensor, do: Tensor, forward: CudaFused) -> Gradients:
+        """(dQ, dK, dV), as :meth:`AttentionSite.backward`. ``numbers`` are those of :meth:`prepare`."""
+        site, choice, use = self._site, plan.choices[number], plan.uses[number]
+        site.shape, site.method = forward.shape, "dense" if choice.left_alone else "exact"
+        rows = forward.shape[0] * forward.shape[2]
+        self.device = device = DeviceAttention.of(do, forward, self.device, site.settle, self._tally)
+        assert device is not None
+        assert plan.status is not None
+        flops, by_kernel = flops_of(forward, rows), forward.by_kernel
+        timed_as = device.sizes(do, forward)
+        self._seen[use[0], plan.shapes] = Seen(forward.shape, forward.keys, flops, by_kernel, timed_as)
+        report, computed = plan.status.on_device[number], rows
+        if choice.left_alone:
+            gradients = forward.backward(do)
+        elif isinstance(choice.method, Sample):
+            site.method, keep = choice.method.method, cast(float, choice.method.keep)
+            device.pays(choice.method, do, forward)
+            queries = device.draw(do, forward, keep, choice.method.clip, numbers[:2])
+            gradients = device.backward(do, forward, queries)
+            computed = number_kept(keep, rows)
+        elif isinstance(choice.method, Reuse) and choice.recall:
+            site.method = choice.method.method
+            gradients = self._reuse(device, do, forward, choice.method, use)
+            computed = number_kept(choice.method.keep, rows)
+        else:
+            gradients = device.backward(do, forward, self._live(choice, do, report))
+        if not choice.left_alone:
+            site.kernel = device.kernel
+        if isinstance(choice.method, Reuse):
+            self._remember(choice, choice.method, use, numbers, do, gradients, report)
+        computed = computed if site.kernel == "triton" else rows
+        self._counted[plan.number] = self._to_count = forward.shape, forward.keys, computed
+        return gradients
+
+    def _live(self, choice: Choice, do: Tensor, report: Tensor) -> Queries | None:
+        """The rows of ``do`` [B, H, T, D] that are not zero, if others are to be skipped."""
+        if not choice.look:
+            return None
+        live = on_device.live_queries(do)
+        report[0].copy_(live.sum())
+        return Queries(live, None, share_skipped(choice.skip)) if choice.skip else None
+
+    def _reuse(
+        self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Reuse, use: Use
+    ) -> Gradients:
+        means = self.memory.tensors(use, (forward.shape[2], forward.keys))
+        device.pays(method, do, forward)
+        queries, rows = device.choose(do, means["do"], method.keep)
+
+        def fill_in(some: Gradients) -> Gradients:
+            return attention.fill_in(some, rows, means, on_device.live_queries(some[2]))
+
+        return device.backward(do, forward, queries, fill_in)
+
+    def _remember(
+        self,
+        choice: Choice,
+        method: Reuse,
+        use: Use,
+        numbers: Tensor,
+        do: Tensor,
+        gradients: Gradients,
+        report: Tensor,
+    ) -> None:
+        sizes = (do.shape[2], gradients[1].shape[2])
+        if choice.renew:
+            which = numbers[:1] if method.source == "sample" else None
+            new = attention.means_for_rows(do, gradients, which)
+            self.memory.renew(use, sizes, new, report[2])
+        elif not choice.recall:
+            named = zip(attention.REMEMBERED, (do, *gradients), strict=True)
+            self.memory.want(use, sizes, {name: (tuple(x.shape[1:]), x.dtype) for name, x in named})
+
+    def settle_counts(self) -> None:
+        """Count the last backward that was prepared."""
+        counted, self._to_count = self._to_count, None
+        if counted is not None:
+            shape, keys, computed = counted
+            self._site.shape = shape
+            self._site.count(0, computed, keys, products=5)
+
+    def settle(self) -> tuple[int, int, int]:
+        """As :meth:`DeviceAttention.settle`."""
+        self.settle_counts()
+        return self._tally.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :class:`Memories`'."""
+        snapshots = {
+            f"{call}/{lane}": (tensors, list(sizes), age)
+            for (call, lane), sizes, tensors, age in self.memory.items()
+        }
+        return {"snapshots": snapshots, "draws": self.memory.refreshes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory.clear()
+        self.memory.refreshes = state.get("draws", 0)
+        for key, (tensors, sizes, age) in state.get("snapshots", {}).items():
+            call, lane = key.split("/")
+            self.memory.load((int(call), int(lane)), tuple(sizes), tensors, age)

@@ -1,0 +1,75 @@
+"""The boundary behind one block on a GPU whose launches are recorded into CUDA graphs; see ``plan.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels import on_device
+from sparse_compile.memory import Use
+from sparse_compile.methods.rows import number_kept
+from sparse_compile.plan import Choice, Plan
+from sparse_compile.schedule import Phase
+from sparse_compile.settings.sample import Sample
+from sparse_compile.tally import Tally
+
+if TYPE_CHECKING:
+    from sparse_compile.block_site import BlockSite
+
+
+class PlannedBlock:
+    """What a block's site does where it is planned; draws what :meth:`BlockSite.weights` does."""
+
+    def __init__(self, site: BlockSite, tally: Tally) -> None:
+        self._site = site
+        self._tally = tally
+        self._counted: dict[int, tuple[int, int]] = {}
+        self._to_count: tuple[int, int] | None = None
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+        """See :class:`plan.Planned`."""
+        method, share = phase.blocks, self._site.keep(phase)
+        return Choice(method, share=share) if isinstance(method, Sample) and share < 1.0 else Choice()
+
+    def reserve(self, device: torch.device) -> None:
+        """Make what launches write to."""
+        self._tally.on(device)
+
+    def prepare(self, plan: Plan, number: int) -> list[int]:
+        """See :class:`plan.Planned`."""
+        self.settle_counts()
+        self._to_count = self._counted.get(plan.number)
+        if plan.choices[number].method is None:
+            return []
+        draw = self._site.next_draw(plan.uses[number])
+        return [draw.number(), draw.number()]
+
+    def launch(self, plan: Plan, number: int, numbers: Tensor, squares: Tensor) -> Tensor:
+        """As :meth:`BlockSite.weights`, of ``squares`` [B]; ``numbers`` are those of :meth:`prepare`."""
+        choice, n = plan.choices[number], len(squares)
+        self._site.shape = (n,)
+        tally = self._tally.on(squares.device)
+        if not isinstance(choice.method, Sample) or n == 0:
+            self._site.method = "exact"
+            self._counted[plan.number] = self._to_count = n, n
+            tally[:2] += (squares == 0).sum()
+            return torch.ones_like(squares)
+        self._site.method = choice.method.method
+        k = number_kept(choice.share, n)
+        self._counted[plan.number] = self._to_count = n, k
+        return on_device.drawn_weights(squares.sqrt(), k, choice.method.clip, numbers[:2], tally)
+
+    def settle_counts(self) -> None:
+        """Count the last backward that was prepared."""
+        counted, self._to_count = self._to_count, None
+        if counted is None:
+            return
+        n, computed = counted
+        self._site.counters.backwards += 1
+        self._site.counters.rows += n
+        self._site.counters.rows_computed += computed
+        if computed < n:
+            self._site.controller.dropped(n - computed, n)

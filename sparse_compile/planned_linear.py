@@ -1,0 +1,276 @@
+"""A linear layer on a GPU whose launches are recorded into CUDA graphs; see ``plan.py``.
+
+The gradients are those of ``device_linear.py``, which does the work: what is different is who decides when.
+What depends on the sizes of dY is decided by what was seen of them in an earlier step of the same shapes: in
+the first one nothing is reused, and in the second one remembered. And a first base that is not finite (an
+overflow under a GradScaler, whose step is skipped) is noticed two steps later: until then rows that are not
+kept count as zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.device_forward import Needed, skipped
+from sparse_compile.device_linear import WORTH_LOOKING, DeviceLinear
+from sparse_compile.kernels import linear as aten
+from sparse_compile.kernels import on_device
+from sparse_compile.memory import Use
+from sparse_compile.methods import reuse
+from sparse_compile.methods.rows import Estimate, Rows, number_kept
+from sparse_compile.plan import NUMBERS, Choice, Plan
+from sparse_compile.planned_memory import PlannedMemory
+from sparse_compile.schedule import Phase
+from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
+from sparse_compile.tally import Tally
+
+if TYPE_CHECKING:
+    from sparse_compile.linear_site import LinearSite
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a backward: N, I, O, the rows of a sample, and whether X and W are there."""
+
+    n: int
+    inputs: int
+    outputs: int
+    tokens: int
+    has_x: bool
+    has_w: bool
+
+
+class PlannedLinear:
+    """What a linear's site keeps where it is planned."""
+
+    def __init__(self, site: LinearSite) -> None:
+        self._site = site
+        self.memory = PlannedMemory()
+        self._sizes: dict[tuple[int, Hashable], Sizes] = {}
+        self.device: DeviceLinear | None = None
+        self._tally = Tally()
+        # What a backward of each plan is counted as, and the one that is to be counted next.
+        self._counted: dict[int, Callable[[], None]] = {}
+        self._to_count: Callable[[], None] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether a backward was planned."""
+        return bool(self._sizes)
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+        """See :class:`plan.Planned`."""
+        site, sizes = self._site, self._sizes.get((use[0], shapes))
+        if site.left_alone:
+            return Choice(left_alone=True)
+        if sizes is None:
+            # Whether what needs sizes is done, is not known yet; to draw rows needs none.
+            method = None if site.held_back or not isinstance(phase.linear, Reuse | Sample) else phase.linear
+            if method is not None and method.keep == 1.0:
+                method = None
+            return Choice(method, look=look, count_mask=True)
+        skip_mask = skipped(seen[1], sizes.n)
+        choice = self._choose_backward(phase, use, sizes, look, alive=seen[0], finite=bool(seen[2]))
+        return dataclasses.replace(choice, count_mask=look or skip_mask > 0, skip_mask=skip_mask)
+
+    def _choose_backward(
+        self, phase: Phase, use: Use, sizes: Sizes, look: bool, *, alive: int, finite: bool
+    ) -> Choice:
+        site, skip = self._site, skipped(alive, sizes.n)
+        method = None if site.held_back else phase.linear
+        if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or not self._pays(method, sizes):
+            if 4 * sizes.n * sizes.inputs * sizes.outputs < WORTH_LOOKING:
+                return Choice()
+            return Choice(look=look or skip > 0, skip=skip)
+        if isinstance(method, Sample):
+            # The product that is not sampled is exact.
+            exactly = method.gradients != "both"
+            return Choice(method, look=exactly and (look or skip > 0), skip=skip if exactly else 0)
+        computed = number_kept(method.keep, sizes.n) + sizes.tokens
+        if sizes.n == 0 or sizes.n % sizes.tokens or computed > aten.DENSE_SHARE * sizes.n:
+            return Choice(look=look)
+        if not self.memory.has_room(use, (sizes.tokens,)):
+            return Choice(method, look=look)
+        age = self.memory.age(use, (sizes.tokens,)) if finite else None
+        if age is None:
+            return Choice(method, renew=True, look=look)
+        return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
+
+    def _pays(self, method: Reuse | Sample, sizes: Sizes) -> bool:
+        shape = (sizes.n, sizes.inputs, sizes.outputs)
+        return self.device is None or self.device.pays(method, method.keep, shape)  # type: ignore[arg-type]
+
+    def reserve(self, device: torch.device) -> None:
+        """Make what launches write to."""
+        self._tally.on(device)
+        self._site.on_device.reserve(device)
+        self.memory.reserve(device)
+
+    def prepare(self, plan: Plan, number: int) -> list[int]:
+        """See :class:`plan.Planned`."""
+        self.settle_counts()
+        self._to_count = self._counted.get(plan.number)
+        choice, use = plan.choices[number], plan.uses[number]
+        sizes = self._sizes.get((use[0], plan.shapes))
+        if isinstance(choice.method, Sample):
+            draw = self._site.next_draw(use)
+            return [draw.number() for _ in range(NUMBERS)]
+        if not isinstance(choice.method, Reuse):
+            self.memory.clear()  # or it would be of long ago, should it be reused again
+        if not isinstance(choice.method, Reuse) or sizes is None:
+            return []
+        if choice.recall:
+            self.memory.recalled(use, (sizes.tokens,))
+        if not choice.renew:
+            return []
+        seed = f"{self._site.seed}/{self._site.name}/{use}/{self.memory.refreshes}"
+        samples = sizes.n // sizes.tokens
+        return self.memory.renewed(
+            use, (sizes.tokens,), source=choice.method.source, samples=samples, seed=seed
+        )
+
+    def launch(
+        self,
+        plan: Plan,
+        number: int,
+        numbers: Tensor,
+        dy: Tensor,
+        x: Tensor | None,
+        w: Tensor | None,
+        *,
+        tokens: int,
+        dw_transposed: bool,
+        needed: Needed | None,
+    ) -> tuple[aten.DistinctRows | None, Tensor | None]:
+        """(dX, dW), as :meth:`LinearSite.linear_backward`. Decides nothing.
+
+        Args:
+            numbers: int64 [NUMBERS], those of :meth:`prepare`, on the device.
+            needed: the rows that the forward needed, if those are all that is computed.
+        """
+        site, choice, use = self._site, plan.choices[number], plan.uses[number]
+        inputs = next(t.shape[1] for t in (x, w) if t is not None)
+        sizes = Sizes(len(dy), inputs, dy.shape[1], tokens, x is not None, w is not None)
+        self._sizes[use[0], plan.shapes] = sizes
+        site.shape = (sizes.n, inputs, sizes.outputs)
+        site.method = "dense" if choice.left_alone else "exact"
+        self.device = DeviceLinear.of(dy, self.device, site.settle, self._tally)
+        if choice.left_alone or self.device is None:
+            self._count(plan, sizes, [sizes.n, sizes.n])
+            return aten.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
+        self.device.needed = needed
+        if needed is not None:
+            site.on_device.count(needed, sizes.n, 2 * inputs * sizes.outputs)
+        assert plan.status is not None
+        report = plan.status.on_device[number]
+        for_dx, for_dw = self._estimates(choice, use, numbers, dy, x, tokens, report)
+        dx, dw = self.device.backward(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
+        site.kernel, self.device.needed = self.device.kernel, None
+        if isinstance(choice.method, Reuse):
+            self._remember(choice, choice.method, use, numbers, dy, tokens, report)
+        computed = [e.computed if isinstance(e, Rows) else sizes.n for e in (for_dx, for_dw)]
+        self._count(plan, sizes, computed)
+        return dx, dw
+
+    def _estimates(
+        self,
+        choice: Choice,
+        use: Use,
+        numbers: Tensor,
+        dy: Tensor,
+        x: Tensor | None,
+        tokens: int,
+        report: Tensor,
+    ) -> tuple[Estimate, Estimate]:
+        """dY [N, O], as the choice has it, for dX and for dW. ``report`` int64 [3] is this site's status."""
+        assert self.device is not None
+        site, device, method = self._site, self.device, choice.method
+        shape = (len(dy), *site.shape[1:])
+        if isinstance(method, Reuse) and choice.recall:
+            site.method = method.method
+            device.pays(method, method.keep, shape)
+            rows = device.reuse(dy, self.memory.tensors(use, (tokens,))["base"], method.keep)
+            return rows, rows
+        if isinstance(method, Reuse):
+            return self._exactly(choice, dy, report)
+        if isinstance(method, Sample):
+            wanted = (method.gradients != "weight", method.gradients != "input" and x is not None)
+            device.pays(method, method.keep, shape)  # type: ignore[arg-type]
+            site.method = method.method
+            exactly, _ = (dy, dy) if all(wanted) else self._exactly(choice, dy, report)
+            if not any(wanted):
+                return exactly, exactly
+            k = number_kept(method.keep, len(dy))  # type: ignore[arg-type]
+            drawn = device.draw(dy, x if wanted[1] else None, k, method.clip, numbers, for_dx=wanted[0])
+            return drawn[0] if wanted[0] else exactly, drawn[-1] if wanted[1] else exactly
+        return self._exactly(choice, dy, report)
+
+    def _exactly(self, choice: Choice, dy: Tensor, report: Tensor) -> tuple[Estimate, Estimate]:
+        assert self.device is not None
+        if (rows := self.device.needed_rows()) is not None:
+            return rows, rows
+        if not choice.look:
+            return dy, dy
+        rows = on_device.live_rows(dy)
+        assert rows.count is not None
+        report[:1].copy_(rows.count)
+        if not choice.skip:
+            return dy, dy
+        self.device.needed = Needed.of(rows, choice.skip)
+        return rows, rows
+
+    def _remember(
+        self,
+        choice: Choice,
+        method: Reuse,
+        use: Use,
+        numbers: Tensor,
+        dy: Tensor,
+        tokens: int,
+        report: Tensor,
+    ) -> None:
+        if choice.renew:
+            which = numbers[:1] if method.source == "sample" else None
+            self.memory.renew(use, (tokens,), {"base": reuse.next_base(dy, tokens, which)}, report[2])
+        elif not choice.recall:
+            self.memory.want(use, (tokens,), {"base": ((tokens, dy.shape[1]), dy.dtype)})
+
+    def _count(self, plan: Plan, sizes: Sizes, computed: list[int]) -> None:
+        asked = [k for k, there in zip(computed, (sizes.has_w, sizes.has_x), strict=True) if there]
+
+        def count() -> None:
+            self._site.shape = (sizes.n, sizes.inputs, sizes.outputs)
+            self._site.count(0, asked)
+
+        self._counted[plan.number] = self._to_count = count
+
+    def settle_counts(self) -> None:
+        """Count the last backward that was prepared."""
+        count, self._to_count = self._to_count, None
+        if count is not None:
+            count()
+
+    def settle(self) -> tuple[int, int, int]:
+        """As :meth:`DeviceLinear.settle`."""
+        self.settle_counts()
+        return self._tally.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :class:`Memory`'s."""
+        bases = {
+            f"{call}/{lane}": (tensors["base"], age) for (call, lane), _, tensors, age in self.memory.items()
+        }
+        return {"bases": bases, "refreshes": self.memory.refreshes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory.clear()
+        self.memory.refreshes = state.get("refreshes", 0)
+        for key, (value, age) in state.get("bases", {}).items():
+            call, lane = key.split("/")
+            self.memory.load((int(call), int(lane)), (len(value),), {"base": value}, age)
