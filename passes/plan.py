@@ -64,6 +64,8 @@ def plan_ops(graph: Graph, ops: Iterable[Node], *, token: Node, plan: Node, site
             in_backward = g.call(
                 graph, ours.prepare_backward.default, plan, token, anchor, sites, like=backwards[0]
             )
+        # Nothing that it reads is of the backward, where it has to run.
+        in_backward.meta["partitioner_tag"] = "must_be_in_backward"
     replaced = {}
     for op in [node for node in graph.nodes if node in chosen]:
         mine = in_backward if g.is_backward(op) else control

@@ -294,3 +294,13 @@ def find(number: int) -> Plan | None:
     """The plan with this number; None if its backend is gone, or its graph belongs to none."""
     plan = made(number)
     return plan if plan is not None and plan.choices else None
+
+
+def plain(value: Any) -> Any:
+    """Nested tuples as nested lists, for a state dict."""
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def hashable(value: Any) -> Hashable:
+    """And back again."""
+    return tuple(hashable(each) for each in value) if isinstance(value, list | tuple) else value

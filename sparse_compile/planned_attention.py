@@ -20,7 +20,7 @@ from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Use
 from sparse_compile.methods import attention
 from sparse_compile.methods.rows import number_kept
-from sparse_compile.plan import Choice, Plan
+from sparse_compile.plan import Choice, Plan, hashable, plain
 from sparse_compile.planned_memory import PlannedMemory
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.reuse import Reuse
@@ -41,7 +41,7 @@ class Seen:
     keys: int
     flops: int
     by_kernel: bool
-    timed_as: tuple[object, ...]
+    timed_as: tuple[object, ...] = ()
 
 
 class PlannedAttention:
@@ -67,7 +67,11 @@ class PlannedAttention:
         if self._site.left_alone:
             return Choice(left_alone=True)
         if last is None:
-            return Choice(phase.attention if isinstance(phase.attention, Reuse) else None, look=look)
+            # Whether what needs sizes is done, is not known yet; to draw rows needs none.
+            asked = None if self._site.held_back else phase.attention
+            if asked is not None and (asked.keep == 1.0 or not _keeps_rows(asked)):
+                asked = None
+            return Choice(asked, look=look)
         rows = last.shape[0] * last.shape[2]
         method = phase.attention
         if method is None or not self._applies(method, last):
@@ -87,7 +91,7 @@ class PlannedAttention:
     def _applies(self, method: Reuse | Sample, last: Seen) -> bool:
         if method.keep == 1.0 or self._site.held_back or not last.by_kernel:
             return False
-        if isinstance(method, Reuse) and not method.keeps_rows:
+        if not _keeps_rows(method):
             return False
         return DeviceAttention.is_faster(method, last.timed_as)
 
@@ -204,16 +208,26 @@ class PlannedAttention:
         return self._tally.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """As :class:`Memories`'."""
+        """As :class:`Memories`'; and what was seen of batches."""
         snapshots = {
             f"{call}/{lane}": (tensors, list(sizes), age)
             for (call, lane), sizes, tensors, age in self.memory.items()
         }
-        return {"snapshots": snapshots, "draws": self.memory.refreshes}
+        sizes = [
+            [call, shapes, seen.shape, seen.keys, seen.flops, seen.by_kernel]
+            for (call, shapes), seen in self._seen.items()
+        ]
+        return {"snapshots": snapshots, "draws": self.memory.refreshes, "sizes": plain(sizes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory.clear()
         self.memory.refreshes = state.get("draws", 0)
+        for call, shapes, shape, *seen in state.get("sizes", []):
+            self._seen[call, hashable(shapes)] = Seen(tuple(shape), *seen)
         for key, (tensors, sizes, age) in state.get("snapshots", {}).items():
             call, lane = key.split("/")
             self.memory.load((int(call), int(lane)), tuple(sizes), tensors, age)
+
+
+def _keeps_rows(method: Reuse | Sample) -> bool:
+    return isinstance(method, Sample) or method.keeps_rows

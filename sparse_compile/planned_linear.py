@@ -23,7 +23,7 @@ from sparse_compile.kernels import on_device
 from sparse_compile.memory import Use
 from sparse_compile.methods import reuse
 from sparse_compile.methods.rows import Estimate, Rows, number_kept
-from sparse_compile.plan import NUMBERS, Choice, Plan
+from sparse_compile.plan import NUMBERS, Choice, Plan, hashable, plain
 from sparse_compile.planned_memory import PlannedMemory
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.reuse import Reuse
@@ -262,15 +262,18 @@ class PlannedLinear:
         return self._tally.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """As :class:`Memory`'s."""
+        """As :class:`Memory`'s; and what was seen of batches."""
         bases = {
             f"{call}/{lane}": (tensors["base"], age) for (call, lane), _, tensors, age in self.memory.items()
         }
-        return {"bases": bases, "refreshes": self.memory.refreshes}
+        sizes = [[call, shapes, *dataclasses.astuple(seen)] for (call, shapes), seen in self._sizes.items()]
+        return {"bases": bases, "refreshes": self.memory.refreshes, "sizes": plain(sizes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory.clear()
         self.memory.refreshes = state.get("refreshes", 0)
+        for call, shapes, *seen in state.get("sizes", []):
+            self._sizes[call, hashable(shapes)] = Sizes(*seen)
         for key, (value, age) in state.get("bases", {}).items():
             call, lane = key.split("/")
             self.memory.load((int(call), int(lane)), (len(value),), {"base": value}, age)

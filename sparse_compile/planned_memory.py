@@ -49,16 +49,17 @@ class PlannedMemory:
         """Make the room that is wanted. (What is made while a CUDA graph is recorded is part of its memory.)
         On another GPU than before, nothing is remembered; launches that were recorded keep their places."""
         self._held = self._everywhere.setdefault(device, {})
-        for (use, sizes), tensors in self._wanted.items():
-            self._held[use, sizes] = Held(
-                {
-                    name: torch.zeros(shape, dtype=dtype, device=device)
-                    for name, (shape, dtype) in tensors.items()
-                }
-            )
-            if self._loaded.get(use, (None,))[0] == sizes:
-                self._take(use, *self._loaded.pop(use))
+        for key, wanted in self._wanted.items():
+            made = {name: torch.zeros(s, dtype=dtype, device=device) for name, (s, dtype) in wanted.items()}
+            self._held[key] = Held(made)
         self._wanted.clear()
+        for use, (sizes, tensors, age) in self._loaded.items():
+            if (use, sizes) in self._held:
+                self._take(use, sizes, tensors, age)
+            else:
+                self._held[use, sizes] = Held({name: x.to(device) for name, x in tensors.items()}, age)
+                self._last[use] = sizes
+        self._loaded.clear()
 
     def has_room(self, use: Use, sizes: Sizes) -> bool:
         return (use, sizes) in self._held
@@ -107,11 +108,8 @@ class PlannedMemory:
                 yield use, sizes, held.tensors, held.age
 
     def load(self, use: Use, sizes: Sizes, tensors: dict[str, Tensor], age: int) -> None:
-        """Take over what another run remembered; now, or when there is room for it."""
-        if (use, sizes) in self._held:
-            self._take(use, sizes, tensors, age)
-        else:
-            self._loaded[use] = sizes, {name: tensor.clone() for name, tensor in tensors.items()}, age
+        """Take over what another run remembered, when the next forward begins."""
+        self._loaded[use] = sizes, {name: tensor.clone() for name, tensor in tensors.items()}, age
 
     def _take(self, use: Use, sizes: Sizes, tensors: dict[str, Tensor], age: int) -> None:
         held = self._held[use, sizes]

@@ -3,61 +3,82 @@ the kernels are interpreted, and every step runs as the one that would be record
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from cuda_attention import attend, cuda_attention_on_cpu  # noqa: F401
+from cuda_linear import nothing_waits
 from sparse_compile.passes import forward
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
 from sparse_compile import (
+    Monitor,
     Reuse,
+    RotatedTopK,
     Sample,
     Schedule,
-    SparseBackend,
     compilers,
+    device_attention,
     device_linear,
+    plan,
+    planned_attention,
     planned_linear,
     sparse_backend,
 )
 from sparse_compile.kernels import choice, on_device
+from sparse_compile.plan import Planner
+from sparse_compile.planned_block import PlannedBlock
+from sparse_compile.planned_linear import PlannedLinear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SAMPLES, TOKENS, WIDTH = 4, 6, 8
-STEPS = 6
+SAMPLES, TOKENS, WIDTH = 3, 6, 16
+STEPS = 4
 
 SCHEDULES = {
     "exact": Schedule.exact(),
-    "sample": Schedule(linear=Sample(0.3)),
+    "sample": Schedule(linear=Sample(0.3), attention=Sample(0.4)),
     "sample, clip": Schedule(linear=Sample(0.3, clip=1.5)),
     "sample dW": Schedule(linear=Sample(0.3, gradients="weight")),
     "sample dX": Schedule(linear=Sample(0.3, gradients="input")),
-    "reuse": Schedule(linear=Reuse(0.6)),
-    "reuse, sample": Schedule(linear=Reuse(0.6, source="sample")),
+    "reuse": Schedule(linear=Reuse(0.6), attention=Reuse(0.6)),
+    "reuse, sample": Schedule(linear=Reuse(0.6, source="sample"), attention=Reuse(0.6, source="sample")),
     "reuse, every 3rd": Schedule(linear=Reuse(0.6, refresh_every=3)),
     "blocks": Schedule(blocks=Sample(0.3)),
     "left alone": Schedule(linear=Sample(0.3), exclude=["layers.0.*"]),
 }
 
+LINEARS = Schedule(linear=Reuse(0.6))
+
+pytestmark = pytest.mark.usefixtures("cuda_attention_on_cpu")
+
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, attends: bool) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH) if attends else None
+        self.mix = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(nn.functional.gelu(self.up(x)))
+        if self.qkv is not None:
+            q, k, v = self.qkv(x).unflatten(2, (3, 1, -1)).permute(2, 0, 3, 1, 4)
+            x = x + attend("efficient", q, k, v).transpose(1, 2).flatten(2)
+        y: Tensor = x + nn.functional.gelu(self.mix(x))
         return y
 
 
 class Net(nn.Module):
-    """Two blocks; the loss is of the tokens with a label."""
+    """Two blocks, of which the second may attend; the loss is of the tokens with a label."""
 
-    def __init__(self) -> None:
+    def __init__(self, attends: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
+        self.layers = nn.ModuleList([Block(attends=False), Block(attends)])
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -66,14 +87,10 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-def net() -> Net:
-    torch.manual_seed(3)
-    return Net().to(DEVICE)
+Batch = tuple[Tensor, Tensor]
 
 
-def batch(
-    samples: int = SAMPLES, tokens: int = TOKENS, alive: int = 4, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def batch(samples: int = SAMPLES, tokens: int = TOKENS, alive: int = 4, seed: int = 0) -> Batch:
     """X, and labels of the first ``alive`` tokens of each sample."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, tokens, WIDTH, generator=generator)
@@ -91,48 +108,332 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "available", lambda device: True)
     monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(planned_linear, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(planned_attention, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_attention, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: list(candidates)[-1])
 
 
-def backend_of(schedule: Schedule, monkeypatch: pytest.MonkeyPatch, *, planned: bool) -> SparseBackend:
-    monkeypatch.setattr(compilers, "records", lambda patches: planned)
-    torch.manual_seed(5)  # of what it draws
-    return sparse_backend(schedule, compiler="aot_eager", debug=True)
+class Run:
+    """A model in training under a schedule, as if on a GPU; no weight changes."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        planned: bool = True,
+        compiler: str = "aot_eager",
+        mode: str | None = None,
+    ) -> None:
+        torch.manual_seed(3)
+        self.model = Net(attends=schedule.attention is not None).to(DEVICE)
+        torch.manual_seed(5)  # of what it draws
+        self.backend = sparse_backend(schedule, compiler=compiler, debug=True)
+        self._monkeypatch, self._planned, self._mode = monkeypatch, planned, mode
+        self._run = torch.compile(self.model, backend=self.backend, mode=mode)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0)
+
+    def __call__(self, *batches: Batch, overflows: bool = False) -> list[Tensor]:
+        """The gradients of one step; one that overflows is not taken, as by a GradScaler."""
+        with self._monkeypatch.context() as patch:
+            if self._mode is None:
+                patch.setattr(compilers, "records", lambda patches: self._planned)
+            self._optimizer.zero_grad()
+            sum(self._run(*each) for each in batches or (batch(),)).backward()  # type: ignore[union-attr]
+            if not overflows:
+                self._optimizer.step()
+        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def loss(self, one: Batch) -> Tensor:
+        """Of the model as it is compiled."""
+        return self._run(*one)  # type: ignore[no-any-return]
+
+    def counted_in_a_step(self, *batches: Batch) -> dict[str, dict[str, int]]:
+        """What one more step adds to the counters of each site."""
+        before = self._counters()
+        self(*batches)
+        after = self._counters()
+        return {
+            name: {what: n - before[name][what] for what, n in found.items()} for name, found in after.items()
+        }
+
+    def _counters(self) -> dict[str, dict[str, int]]:
+        sites = self.backend._runtime.sites
+        for site in sites.values():
+            site.settle()
+        return {name: dataclasses.asdict(site.counters) for name, site in sites.items()}
+
+    def plan_of_a_step(self) -> plan.Plan:
+        """What one more step does."""
+        made: list[plan.Plan] = []
+        with self._monkeypatch.context() as patch:
+            begin = Planner.begin
+            patch.setattr(Planner, "begin", staticmethod(lambda plan: (made.append(plan), begin(plan))))
+            self()
+        return made[0]
+
+    @property
+    def plans(self) -> list[plan.Plan]:
+        """In the order in which they were made."""
+        graph = self.backend._runtime._graphs[0]
+        return [*graph.planner._adopted, *graph.planner._plans.values()]
 
 
-def step(run: Any, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """The gradients of one step, in which no weight changes."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    optimizer.zero_grad()
-    run(*inputs).backward()
-    optimizer.step()
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def train(
-    schedule: Schedule, monkeypatch: pytest.MonkeyPatch, *, planned: bool, steps: int = STEPS
-) -> tuple[list[list[Tensor]], SparseBackend]:
-    """The gradients of each step on one batch."""
-    model = net()
-    backend = backend_of(schedule, monkeypatch, planned=planned)
-    run = torch.compile(model, backend=backend)
-    found = [step(run, model, batch()) for _ in range(steps)]
-    after = backend.graphs[-1].after
-    assert ("prepare_backward" in after) == planned
-    assert ("planned" in after) == planned
-    torch._dynamo.reset()
-    return found, backend
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_gradients_are_those_of_ops_that_are_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, backend = train(SCHEDULES[name], monkeypatch, planned=True)
-    theirs, other = train(SCHEDULES[name], monkeypatch, planned=False)
-    # What is reused is remembered a step later: where it has to be, is not known before.
-    late = 1 if "reuse" in name else 0
-    for mine, their in zip(ours[late:], theirs, strict=False):
-        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-7)
-    for mine, their in zip(backend.report().sites, other.report().sites, strict=True):
-        assert (mine.name, mine.method, mine.keep) == (their.name, their.method, their.keep)
-        if not late:
-            assert mine.flops_backward == pytest.approx(their.flops_backward, rel=0.2)
+    ours = Run(SCHEDULES[name], monkeypatch)
+    mine = [ours() for _ in range(STEPS)]
+    torch._dynamo.reset()
+    theirs = Run(SCHEDULES[name], monkeypatch, planned=False)
+    others = [theirs() for _ in range(STEPS)]
+    # What is reused is remembered a step later: what size it has, is not known before.
+    late = "reuse" in name
+    for one, other in zip(mine[late:], others, strict=False):
+        close(one, other)
+    (graph,), (called,) = ours.backend.graphs, theirs.backend.graphs
+    assert "planned" in graph.after
+    assert "prepare_backward" in graph.after
+    assert "planned" not in called.after
+    for one, other in zip(ours.backend.report().sites, theirs.backend.report().sites, strict=True):
+        assert (one.name, one.method, one.kernel) == (other.name, other.method, other.kernel)
+        assert (one.keep, one.rows) == (other.keep, other.rows)
+    if late:
+        ours()
+    assert ours.counted_in_a_step() == theirs.counted_in_a_step()
+
+
+@contextlib.contextmanager
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In which no planned op launches anything: what it returns is that of no rows."""
+
+    def nothing(
+        site: Any, plan: Any, number: int, numbers: Tensor, first: Tensor, *rest: Any, **_: Any
+    ) -> Any:
+        if isinstance(site, PlannedBlock):
+            return torch.ones_like(first)
+        x, w = rest
+        dx = None if w is None else (first.new_zeros(len(first), w.shape[1]), None)
+        return dx, None if x is None else first.new_zeros(first.shape[1], x.shape[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlannedLinear, "launch", nothing)
+        patch.setattr(PlannedBlock, "launch", nothing)
+        yield
+
+
+@pytest.mark.parametrize("name", ["sample dW", "reuse, every 3rd", "blocks"])
+def test_a_replay_does_what_the_run_did_that_was_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides, draws and counts runs at each step; what launches need not."""
+    ran, replayed = Run(SCHEDULES[name], monkeypatch), Run(SCHEDULES[name], monkeypatch)
+    for _ in range(6):
+        ran()
+        replayed()
+    wanted, counted = [ran.plan_of_a_step() for _ in range(4)], ran.counted_in_a_step()
+    with replaying(monkeypatch):
+        found, again = [replayed.plan_of_a_step() for _ in range(4)], replayed.counted_in_a_step()
+    assert [each.choices for each in found] == [each.choices for each in wanted]
+    for site, counters in counted.items():  # what the device counts aside
+        for what in ("backwards", "rows", "flops_forward_dense", "flops_backward_dense"):
+            assert again[site][what] == counters[what]
+    mine, other = (run.backend.state_dict()["sites"] for run in (replayed, ran))
+    for site in mine:
+        assert mine[site].get("draws") == other[site].get("draws")
+        assert mine[site].get("refreshes") == other[site].get("refreshes")
+        ages = [[age for _, age in each.get("bases", {}).values()] for each in (mine[site], other[site])]
+        assert ages[0] == ages[1]
+
+
+@pytest.mark.parametrize("name", ["exact", "reuse, every 3rd"])
+def test_steps_that_do_the_same_have_one_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a CUDA graph would be recorded at each of them."""
+    run = Run(SCHEDULES[name], monkeypatch)
+    for _ in range(6):
+        run()
+    with replaying(monkeypatch):
+        found = [run.plan_of_a_step().number for _ in range(20)]
+    # With and without a look for rows that are zero; and a base is renewed, or not.
+    assert len(set(found)) <= 2
+    assert len(run.plans) <= 6
+
+
+def test_a_phase_has_a_plan_and_no_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule(linear=Reuse([(0.0, 0.0), (0.5, 0.4), (0.8, 0.8)]), total_steps=10)
+    run = Run(schedule, monkeypatch)
+    kept = []
+    for _ in range(10):
+        methods = {choice.method for choice in run.plan_of_a_step().choices if choice.recall}
+        kept.append({round(method.keep, 3) for method in methods if isinstance(method, Reuse)})
+    assert kept == [set()] * 6 + [{0.5}] * 2 + [{0.2}] * 2
+    assert len(run.backend.graphs) == 1
+
+
+def test_zero_rows_are_skipped_once_they_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Schedule.exact(skip_unneeded=False), monkeypatch)
+    plans = [run.plan_of_a_step() for _ in range(4)]
+    skipped = [[choice.skip for choice in each.choices] for each in plans]
+    assert skipped[0] == [0] * 3
+    assert all(skipped[3])
+    counted = run.counted_in_a_step()
+    assert {site["rows_zero"] for site in counted.values()} == {SAMPLES * 2}
+    assert {site["rows_computed"] for site in counted.values()} == {SAMPLES * 4}
+
+
+def test_rows_that_nothing_needs_are_left_out_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Schedule.exact(), monkeypatch)
+    for _ in range(4):
+        run()
+    counted = run.counted_in_a_step()
+    assert {site["rows_unneeded"] for site in counted.values()} == {SAMPLES * 2}
+    # And all of them again, as soon as all are needed.
+    for _ in range(3):
+        run(batch(alive=TOKENS))
+    with torch.no_grad():
+        wanted = run.model(*batch(alive=TOKENS))
+    torch.testing.assert_close(run.loss(batch(alive=TOKENS)), wanted)
+
+
+def test_batches_of_several_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base is of sequences of one length; and each length has its place for one."""
+    ours, theirs = (Run(LINEARS, monkeypatch, planned=planned) for planned in (True, False))
+    sizes = [(3, 6), (2, 6), (3, 5), (3, 6), (3, 6), (2, 6), (3, 5), (3, 5)]
+    for _ in range(2):
+        for samples, tokens in sizes:
+            ours(batch(samples, tokens))
+    torch._dynamo.reset()
+    for samples, tokens in sizes:
+        theirs(batch(samples, tokens))
+    # By now either has reused what it remembered of the last batch, or of one of another length.
+    assert ours.counted_in_a_step(batch(3, 5)).keys() == theirs.counted_in_a_step(batch(3, 5)).keys()
+    close(ours(batch(3, 5)), theirs(batch(3, 5)))
+
+
+def test_two_forwards_before_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each remembers its own."""
+    ours, theirs = (Run(LINEARS, monkeypatch, planned=planned) for planned in (True, False))
+    ours(batch(seed=1), batch(seed=2))
+    for _ in range(3):
+        mine = ours(batch(seed=1), batch(seed=2))
+    torch._dynamo.reset()
+    for _ in range(3):
+        other = theirs(batch(seed=1), batch(seed=2))
+    close(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(SCHEDULES["reuse"], monkeypatch)
+    for _ in range(3):
+        run()
+    x, labels = batch()
+    assert not all(
+        bool(gradient.isfinite().all()) for gradient in run((x * torch.inf, labels), overflows=True)
+    )
+    assert all(bool(gradient.isfinite().all()) for gradient in run())
+    for site in run.backend.state_dict()["sites"].values():
+        assert all(bool(base.isfinite().all()) for base, _ in site.get("bases", {}).values())
+        for tensors, *_ in site.get("snapshots", {}).values():
+            assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_first_base_that_is_not_finite_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(LINEARS, monkeypatch)
+    x, labels = batch()
+    run()
+    for _ in range(2):
+        run((x * torch.inf, labels), overflows=True)
+    # Two steps later: by now nothing is taken for remembered that is not.
+    run()
+    assert not any(choice.recall for choice in run.plan_of_a_step().choices)
+    for _ in range(2):
+        run()
+    assert any(choice.recall for choice in run.plan_of_a_step().choices)
+    assert all(bool(gradient.isfinite().all()) for gradient in run())
+
+
+@pytest.mark.parametrize("name", ["sample, clip", "reuse, sample", "blocks"])
+def test_a_resumed_run_continues(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(SCHEDULES[name], monkeypatch)
+    for _ in range(4):
+        run()
+    state = copy.deepcopy(run.backend.state_dict())
+    wanted = [run() for _ in range(3)]
+    torch._dynamo.reset()
+    resumed = Run(SCHEDULES[name], monkeypatch)
+    resumed.backend.load_state_dict(state)
+    for one, other in zip([resumed() for _ in range(3)], wanted, strict=True):
+        close(one, other)
+
+
+def test_a_graph_without_gradients_is_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(SCHEDULES["reuse"], monkeypatch)
+    for _ in range(2):
+        run()
+        with torch.no_grad():
+            found = run.loss(batch())
+            torch.testing.assert_close(found, run.model(*batch()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "monitor", "why"),
+    [
+        (Schedule.vcas(), None, "shares are adapted to what is measured"),
+        (Schedule(linear=Reuse("2:4")), None, "single entries are reused"),
+        (Schedule(linear=Reuse(0.5, granularity="element")), None, "single entries are reused"),
+        (Schedule(weight_gradients=RotatedTopK(0.01)), None, "weight gradients leave the graph"),
+        (Schedule.exact(), Monitor(every=5), "gradients are measured"),
+        (Schedule.exact(), None, None),
+        (Schedule(linear=Reuse(0.5), attention=Sample(0.5), blocks=Sample(0.5)), None, None),
+    ],
+)
+def test_what_cannot_be_recorded(schedule: Schedule, monitor: Monitor | None, why: str | None) -> None:
+    assert plan.refusal(schedule, monitor) == why
+
+
+def test_it_is_called_as_before_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(SCHEDULES["reuse, every 3rd"], monkeypatch, planned=False)
+    run()
+    assert "planned" not in run.backend.graphs[0].after
+    assert "prepare_backward" not in run.backend.graphs[0].after
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "records"),
+    [
+        (None, None, False),
+        ("default", None, False),
+        ("reduce-overhead", None, True),
+        ("max-autotune", None, True),
+        (None, {"triton.cudagraphs": True}, True),
+        ("reduce-overhead", {"triton.cudagraphs": False}, False),
+    ],
+)
+def test_when_cuda_graphs_are_recorded(
+    mode: str | None, options: dict[str, Any] | None, records: bool
+) -> None:
+    assert compilers.records(compilers.patches(mode, options)) == records
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_replays_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of steps that were recorded and replayed are those of ops that are called."""
+    from torch._dynamo.utils import counters
+
+    gradients = {}
+    for mode in ("reduce-overhead", "default"):
+        torch._dynamo.reset()
+        run = Run(SCHEDULES[name], monkeypatch, compiler="inductor", mode=mode)
+        counters.clear()
+        found = [run() for _ in range(10)]
+        gradients[mode] = found
+        assert not counters["inductor"]["cudagraph_skips"]
+    late = "reuse" in name
+    for one, other in zip(gradients["reduce-overhead"][late:], gradients["default"], strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    with nothing_waits():
+        run()
