@@ -16,6 +16,7 @@ import from_source
 
 ROOT = from_source.ROOT
 TESTS = (
+    "tests/test_plan.py",
     "tests/kernels/triton/test_products.py",
     "tests/kernels/triton/test_base_inputs.py",
     "tests/kernels/triton/test_attention.py",

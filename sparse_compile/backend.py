@@ -23,7 +23,7 @@ from sparse_compile import planned_ops as _planned_ops  # noqa: F401
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.kernels import on_device
 from sparse_compile.passes import graph as graph_tools
-from sparse_compile.plan import PlannedCalls, refusal
+from sparse_compile.plan import RECORDED, PlannedCalls, refusal
 from sparse_compile.report import Report, make_report
 from sparse_compile.rotation import Rotation
 from sparse_compile.runtime import Runtime
@@ -190,9 +190,11 @@ class SparseBackend:
         """The plans of a graph, if our ops are to be recorded into CUDA graphs; see ``plan.py``."""
         devices = {each.device for each in inputs if isinstance(each, Tensor)}
         device = next((each for each in devices if on_device.available(each)), None)
-        if device is None or not compilers.records(patches) or refusal(self.schedule, self._monitor):
+        if device is None or not compilers.records(patches):
             return None
-        return PlannedCalls(set(parameters), device)
+        why = refusal(self.schedule, self._monitor)
+        self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}" if why else RECORDED
+        return None if why else PlannedCalls(set(parameters), device)
 
     def _check_schedule(self, root: nn.Module | None) -> None:
         if root is None or root in self._checked:

@@ -36,6 +36,7 @@ from sparse_compile.settings.monitor import Monitor
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 
+RECORDED = "ops are part of CUDA graphs"
 NUMBERS = 4  # of each site, that change from step to step
 # Steps between two looks for rows that are zero, at most. They are looked for in all layers at once, or every
 # combination of layers would be a plan.

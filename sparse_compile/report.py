@@ -114,6 +114,7 @@ class Report:
             ``saved_activations``. What is saved as it is (statistics, say) is not counted.
         measurements: what a monitor found: how far approximate gradients are from the dense ones, with
             ``to_csv(path)`` and ``to_frame()``. Empty without a monitor.
+        cuda_graphs: whether our ops are part of CUDA graphs, or why not; empty where none are recorded.
     """
 
     step: int
@@ -122,6 +123,7 @@ class Report:
     history: tuple[dict[str, Any], ...] = ()
     saved: tuple[SavedReport, ...] = ()
     measurements: Measurements = dataclasses.field(default_factory=Measurements)
+    cuda_graphs: str = ""
 
     @property
     def totals(self) -> dict[str, float]:
@@ -146,6 +148,7 @@ class Report:
             "history": list(self.history),
             "saved": [dataclasses.asdict(kind) for kind in self.saved],
             "measurements": [dataclasses.asdict(row) for row in self.measurements],
+            "cuda_graphs": self.cuda_graphs,
         }
 
     def __str__(self) -> str:
@@ -172,6 +175,7 @@ class Report:
         last = f"; s = {self.history[-1]['s']:.2f}" if self.history else ""
         carried = sum(site.carried for site in self.sites)
         last += f"; {carried} linears hand on needed rows only" if carried else ""
+        last += f"; {self.cuda_graphs}" if self.cuda_graphs else ""
         return (
             f"step {self.step}: {totals['rewritten']} of {totals['sites']} sites rewritten; "
             f"{totals['flops'] / 1e9:.3f} of {totals['flops_dense'] / 1e9:.3f} GFLOP a step "
@@ -238,6 +242,7 @@ def make_report(schedule: Schedule, runtime: Runtime) -> Report:
         history=tuple(runtime.controller.history),
         saved=saved,
         measurements=Measurements() if runtime.telemetry is None else runtime.telemetry.measurements(),
+        cuda_graphs=runtime.cuda_graphs,
     )
 
 

@@ -36,7 +36,7 @@ def test_every_section_runs_and_is_written_down(tmp_path: Path, capsys: pytest.C
     assert {"torch", "triton", "transformers"} <= found["versions"].keys()
     printed = capsys.readouterr().out
     lines = [line for rows in found["sections"].values() for line in rows]
-    assert len(lines) == 6 + 7 + 7 + 5 + 2 + 4
+    assert len(lines) == 6 + 7 + 7 + 5 + 3 + 4
     assert all(line["ours_ms"] > 0 and line["theirs_ms"] > 0 and line["ratio"] > 0 for line in lines)
     assert all(line["what"] in printed for line in lines)
 

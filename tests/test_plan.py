@@ -394,6 +394,19 @@ def test_what_cannot_be_recorded(schedule: Schedule, monitor: Monitor | None, wh
     assert plan.refusal(schedule, monitor) == why
 
 
+def test_the_report_says_whether_ops_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "records", lambda patches: True)
+    for schedule, said in (
+        (Schedule.exact(), plan.RECORDED),
+        (Schedule.vcas(), "ops run between CUDA graphs, since shares are adapted to what is measured"),
+    ):
+        torch._dynamo.reset()
+        backend = sparse_backend(schedule, compiler="aot_eager")
+        torch.compile(Net(attends=False).to(DEVICE), backend=backend)(*batch())
+        assert backend.report().cuda_graphs == said
+        assert said in str(backend.report()).splitlines()[0]
+
+
 def test_it_is_called_as_before_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(SCHEDULES["reuse, every 3rd"], monkeypatch, planned=False)
     run()
@@ -419,7 +432,7 @@ def test_when_cuda_graphs_are_recorded(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["sample", "reuse", "blocks"])
 def test_replays_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of steps that were recorded and replayed are those of ops that are called."""
     from torch._dynamo.utils import counters
