@@ -44,9 +44,16 @@ WANTED = {
 Row = dict[str, Any]
 
 
-def medians(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+# Cycles for which a GPU is kept busy while what is timed is launched: some 10 ms.
+_BUSY = 20_000_000
+
+
+def medians(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, *, device_alone: bool = True
+) -> dict[str, float]:
     """Median seconds of each, in rounds of one run of each; the first runs, in which things are built and
-    tuned, do not count."""
+    tuned, do not count. ``device_alone``: the time of the GPU, and not that of the host, which is ahead of it
+    in a step, or has its launches in a CUDA graph."""
     for run in candidates.values():
         for _ in range(3):
             run()
@@ -54,17 +61,19 @@ def medians(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict
     for turn in range(rounds):
         names = list(candidates)
         for name in names if turn % 2 else reversed(names):
-            seconds[name].append(_seconds(candidates[name]))
+            seconds[name].append(_seconds(candidates[name], device_alone))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], device_alone: bool) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if device_alone:
+        torch.cuda._sleep(_BUSY)  # type: ignore[no-untyped-call]
     begin.record()
     run()
     end.record()
@@ -135,6 +144,7 @@ def _check(what: str, ours: Tensor, theirs: Tensor) -> None:
 def linear(device: torch.device, smoke: bool) -> list[Row]:
     """All that a site does in a backward, dX written out at the end, against dY · W and dYᵀ · X."""
     from sparse_compile import Reuse, Sample, Schedule
+    from sparse_compile.kernels import choice
     from sparse_compile.kernels.linear import written_out
     from sparse_compile.linear_site import LinearSite
 
@@ -160,7 +170,8 @@ def linear(device: torch.device, smoke: bool) -> list[Row]:
         def dense(gradient: Tensor = gradient) -> object:
             return torch.mm(gradient, w), torch.mm(gradient.t(), x)
 
-        seconds = medians({"ours": ours, "dense": dense}, rounds=2 if smoke else 30)
+        with choice.device_alone():
+            seconds = medians({"ours": ours, "dense": dense}, rounds=2 if smoke else 30)
         # Where choosing rows was slower than dense, the site is exact.
         by = f"{site.method}, {site.kernel or 'aten'}"
         rows.append(row(f"{what}, {inputs} → {outputs}: {by}", seconds, "ours", "dense", wanted))
@@ -171,9 +182,12 @@ def attention(device: torch.device, smoke: bool) -> list[Row]:
     """Kernels alone, and all that a site does in a backward."""
     import gpu_attention
 
+    from sparse_compile.kernels import choice
+
     rows = []
     for what, runs, site in gpu_attention.candidates(device, smoke):
-        seconds = medians(runs, rounds=2 if smoke else 30)
+        with choice.device_alone():
+            seconds = medians(runs, rounds=2 if smoke else 30)
         by = "" if site is None else f", by {site.kernel or 'aten'}"
         rows.append(row(what + by, seconds, "ours", "dense", None))
     return rows
@@ -261,7 +275,7 @@ def compare(
         for name, schedule in schedules.items():
             backend = sparse_backend(schedule, compiler=compiler)
             variants[name] = stepper(model, batch, device, backend, mode)
-        seconds = medians(variants, rounds=2 if smoke else 15)
+        seconds = medians(variants, rounds=2 if smoke else 15, device_alone=False)
         rows += [row(f"{what}, {name}{label}", seconds, name, "dense", wanted) for name in schedules]
         torch._dynamo.reset()
     return rows

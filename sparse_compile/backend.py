@@ -23,7 +23,7 @@ from sparse_compile import planned_ops as _planned_ops  # noqa: F401
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.kernels import on_device
 from sparse_compile.passes import graph as graph_tools
-from sparse_compile.plan import RECORDED, PlannedCalls, refusal
+from sparse_compile.plan import CALLED, RECORDED, PlannedCalls, refusal
 from sparse_compile.report import Report, make_report
 from sparse_compile.rotation import Rotation
 from sparse_compile.runtime import Runtime
@@ -190,7 +190,10 @@ class SparseBackend:
         """The plans of a graph, if our ops are to be recorded into CUDA graphs; see ``plan.py``."""
         devices = {each.device for each in inputs if isinstance(each, Tensor)}
         device = next((each for each in devices if on_device.available(each)), None)
-        if device is None or not compilers.records(patches):
+        if device is None:
+            return None
+        if not compilers.records(patches):
+            self._runtime.cuda_graphs = CALLED
             return None
         why = refusal(self.schedule, self._monitor)
         self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}" if why else RECORDED

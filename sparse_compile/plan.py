@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.choice import device_alone
 from sparse_compile.later import Later
 from sparse_compile.looks import Looks
 from sparse_compile.memory import Use
@@ -37,11 +38,12 @@ from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 
 RECORDED = "ops are part of CUDA graphs"
+CALLED = 'ops are called one by one, which takes the host long: mode="reduce-overhead" records them'
 NUMBERS = 4  # of each site, that change from step to step
 # Steps between two looks for rows that are zero, at most. They are looked for in all layers at once, or every
 # combination of layers would be a plan.
 _LONGEST_PAUSE = 15
-# Plans of one graph, beyond which it is decided no more which rows are skipped.
+# Plans for batches of one size, beyond which it is decided no more which rows are skipped.
 _MANY = 16
 # The first number of a plan: one that is not the size of anything, or the two would become one symbol.
 _FIRST = 1_000_003
@@ -151,9 +153,9 @@ class Plan:
 
 
 class Status:
-    """What the sites of a graph report from the device: int64 [sites, 3] at an address that stays, of each
-    how many rows of its last output gradient were not zero, how many rows its forward needed (−1: nobody
-    looked), and whether what it remembered last was finite.
+    """What the sites of a graph report from the device, of batches of one size: int64 [sites, 3] at an
+    address that stays, of each how many rows of its last output gradient were not zero, how many rows its
+    forward needed (−1: nobody looked), and whether what it remembered last was finite.
 
     The host reads it one step later, when it has long arrived.
     """
@@ -174,6 +176,23 @@ class Status:
         return self._seen
 
 
+class Case:
+    """What is known of the steps on batches of one size, in one lane and on one device.
+
+    Attributes:
+        status: what was reported by the last one.
+        looks: when rows that are zero are counted.
+        skipped: which are skipped: skip and skip_mask of each site.
+        plans: by what each site does in it.
+    """
+
+    def __init__(self, sites: int, device: torch.device) -> None:
+        self.status = Status(sites, device)
+        self.looks = Looks(_LONGEST_PAUSE)
+        self.skipped: list[tuple[int, int]] | None = None
+        self.plans: dict[tuple[Choice, ...], Plan] = {}
+
+
 class Planner:
     """The plans of one graph as one model runs it.
 
@@ -185,54 +204,47 @@ class Planner:
     def __init__(self, sites: Sequence[Any], calls: Sequence[int]) -> None:
         self._sites = sites
         self._calls = calls
-        self._looks = Looks(_LONGEST_PAUSE)
-        self._status: dict[torch.device, Status] = {}
-        self._plans: dict[Hashable, Plan] = {}
-        self._adopted: list[Plan] = []
-        self._skipped: list[tuple[int, int]] | None = None
+        self._cases: dict[Hashable, Case] = {}
 
     def plan(self, phase: Phase, lane: int, shapes: Hashable, device: torch.device) -> Plan:
         """The plan of a step that is about to begin."""
-        uses, choices = self._choose(phase, lane, shapes, device)
-        key = (device, lane, shapes, choices)
-        if key not in self._plans:
-            self._plans[key] = self._complete(new_plan(shapes), uses, choices, device)
-        return self._plans[key]
+        case, choices = self._choose(phase, lane, shapes, device)
+        if choices not in case.plans:
+            self._complete(new_plan(shapes), case, choices, lane)
+        return case.plans[choices]
 
     def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:
         """Decide for a plan that was made before the graph was known."""
-        uses, choices = self._choose(phase, lane, plan.shapes, device)
-        self._adopted.append(self._complete(plan, uses, choices, device))
+        self._complete(plan, *self._choose(phase, lane, plan.shapes, device), lane)
 
-    def _complete(
-        self, plan: Plan, uses: tuple[Use, ...], choices: tuple[Choice, ...], device: torch.device
-    ) -> Plan:
-        plan.sites, plan.uses, plan.choices, plan.status = self._sites, uses, choices, self._status[device]
-        return plan
+    def _complete(self, plan: Plan, case: Case, choices: tuple[Choice, ...], lane: int) -> None:
+        plan.sites, plan.choices, plan.status = self._sites, choices, case.status
+        plan.uses = [(call, lane) for call in self._calls]
+        case.plans[choices] = plan
 
     def _choose(
         self, phase: Phase, lane: int, shapes: Hashable, device: torch.device
-    ) -> tuple[tuple[Use, ...], tuple[Choice, ...]]:
-        if device not in self._status:
-            self._status[device] = Status(len(self._sites), device)
-        seen = self._status[device].seen()
-        uses = [(call, lane) for call in self._calls]
-        look = self._looks.due()
+    ) -> tuple[Case, tuple[Choice, ...]]:
+        case = self._cases.get((device, lane, shapes))
+        if case is None:
+            case = self._cases[device, lane, shapes] = Case(len(self._sites), device)
+        look = case.looks.due()
         choices = []
-        for site, use, of_it in zip(self._sites, uses, seen, strict=True):
-            site.planned.reserve(device)
-            choices.append(site.planned.choose(phase, use, shapes, look, of_it))
+        with device_alone():
+            for site, call, seen in zip(self._sites, self._calls, case.status.seen(), strict=True):
+                site.planned.reserve(device)
+                choices.append(site.planned.choose(phase, (call, lane), shapes, look, seen))
         skipped = [(choice.skip, choice.skip_mask) for choice in choices]
-        if len(self._plans) < _MANY or self._skipped is None:
+        if len(case.plans) < _MANY or case.skipped is None:
             if look:
-                self._looks.found(skipped != self._skipped)
-            self._skipped = skipped
-        elif skipped != self._skipped:
+                case.looks.found(skipped != case.skipped)
+            case.skipped = skipped
+        elif skipped != case.skipped:
             choices = [
                 dataclasses.replace(choice, skip=skip if choice.look else 0, skip_mask=mask)
-                for choice, (skip, mask) in zip(choices, self._skipped, strict=True)
+                for choice, (skip, mask) in zip(choices, case.skipped, strict=True)
             ]
-        return tuple(uses), tuple(choices)
+        return case, tuple(choices)
 
     @staticmethod
     def begin(plan: Plan) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 from sparse_compile import plan as plans
 from sparse_compile import runtime
 from sparse_compile.device_forward import DeviceForward, Needed
+from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as kernel
-from sparse_compile.kernels import on_device
 from sparse_compile.kernels.attention_cuda import CudaFused
 from sparse_compile.methods.rows import Rows
 from sparse_compile.plan import NUMBERS, Choice, Plan
@@ -112,12 +112,13 @@ def _linear_backward(
     if known is None:
         dx, dw = kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
     else:
-        dx, dw = known.sites[site].planned.launch(
-            *(known, site, control[site], dy, x, w),
-            tokens=tokens,
-            dw_transposed=dw_transposed,
-            needed=None if needed is None else _needed(known, mask, *needed),
-        )
+        with choice.device_alone():
+            dx, dw = known.sites[site].planned.launch(
+                *(known, site, control[site], dy, x, w),
+                tokens=tokens,
+                dw_transposed=dw_transposed,
+                needed=None if needed is None else _needed(known, mask, *needed),
+            )
     distinct, index = (dy.new_empty(0), None) if dx is None else dx
     if dx_whole:
         distinct, index = kernel.written_out((distinct, index)), None
@@ -193,7 +194,8 @@ def _linear_forward_rows(
     forward = DeviceForward() if layer is None else layer.on_device
     left_alone = layer is None or layer.left_alone
     needed = None if left_alone or known is None else _needed(known, mask, kept, count, slot)
-    return forward.linear(x, w, bias, needed, copies, whole=whole)  # type: ignore[no-any-return]
+    with choice.device_alone():
+        return forward.linear(x, w, bias, needed, copies, whole=whole)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("sparse_compile::linear_forward_rows.planned")
@@ -235,7 +237,8 @@ def _cuda_attention_backward(
     known, forward = plans.find(plan), CudaFused.of(form, *rest)
     if known is None:
         return forward.backward(do)
-    return known.sites[site].planned.launch(known, site, control[site], do, forward)  # type: ignore[no-any-return]
+    with choice.device_alone():
+        return known.sites[site].planned.launch(known, site, control[site], do, forward)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("sparse_compile::cuda_attention_backward.planned")

@@ -114,7 +114,7 @@ class Report:
             ``saved_activations``. What is saved as it is (statistics, say) is not counted.
         measurements: what a monitor found: how far approximate gradients are from the dense ones, with
             ``to_csv(path)`` and ``to_frame()``. Empty without a monitor.
-        cuda_graphs: whether our ops are part of CUDA graphs, or why not; empty where none are recorded.
+        cuda_graphs: on a GPU, whether our ops are part of CUDA graphs, or why not; else empty.
     """
 
     step: int

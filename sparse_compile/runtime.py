@@ -112,7 +112,7 @@ class Runtime:
         self.telemetry = None if monitor is None else Telemetry(monitor.every, self.clock)
         method = schedule.weight_gradients
         self.rotation = None if method is None else Rotation(method, str(seed), lambda: self.clock.step)
-        self.cuda_graphs = ""  # whether ops are part of them; empty where none are recorded
+        self.cuda_graphs = ""  # on a GPU, whether ops are part of them
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}
         self.saved: dict[str, list[SavedRecord]] = {}

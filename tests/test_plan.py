@@ -176,7 +176,7 @@ class Run:
     def plans(self) -> list[plan.Plan]:
         """In the order in which they were made."""
         graph = self.backend._runtime._graphs[0]
-        return [*graph.planner._adopted, *graph.planner._plans.values()]
+        return [each for case in graph.planner._cases.values() for each in case.plans.values()]
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
