@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sparse_compile.device_forward import DeviceForward, Needed
 from sparse_compile.device_linear import DeviceLinear
+from sparse_compile.kernels import choice
 from sparse_compile.kernels import linear as kernel
 from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
@@ -236,8 +238,10 @@ class LinearSite(Site):
         that the user has fixed is kept to, unless a GPU has measured it to be slower. What exact skips,
         sampling cannot save once more. (All other costs are those of a CPU, on every device.)"""
         device = self._device or self.planned.device
-        if device and not device.pays(method, self._share(method), self.shape):
-            return False
+        recorded = choice.device_alone() if self._device is None else contextlib.nullcontext()
+        with recorded:
+            if device and not device.pays(method, self._share(method), self.shape):
+                return False
         if not isinstance(method, Adaptive) or not self.shape or self._share(method) == 1.0:
             return True
         rows, inputs, outputs = self.shape

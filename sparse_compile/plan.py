@@ -205,6 +205,7 @@ class Planner:
         self._sites = sites
         self._calls = calls
         self._cases: dict[Hashable, Case] = {}
+        self._adopted: list[Plan] = []  # which are recorded under their numbers, whatever else comes up
 
     def plan(self, phase: Phase, lane: int, shapes: Hashable, device: torch.device) -> Plan:
         """The plan of a step that is about to begin."""
@@ -216,6 +217,7 @@ class Planner:
     def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:
         """Decide for a plan that was made before the graph was known."""
         self._complete(plan, *self._choose(phase, lane, plan.shapes, device), lane)
+        self._adopted.append(plan)
 
     def _complete(self, plan: Plan, case: Case, choices: tuple[Choice, ...], lane: int) -> None:
         plan.sites, plan.choices, plan.status = self._sites, choices, case.status
@@ -285,10 +287,12 @@ class PlannedCalls:
         return tuple(each.shape if isinstance(each, Tensor) else each for each in batch)
 
     def first(self, shapes: Hashable) -> Plan:
-        """The plan of a graph that has not run yet; or that never asks for one, as without gradients."""
-        if shapes not in self._first:
-            self._first[shapes] = new_plan(shapes)
-        return self._first[shapes]
+        """The plan of a graph that has not run yet; or that never asks for one, as without gradients. (One
+        callable may run layers that are alike, each with a graph, and sites, of its own.)"""
+        plan = self._first.get(shapes)
+        if plan is None or plan.choices:
+            plan = self._first[shapes] = new_plan(shapes)
+        return plan
 
 
 def new_plan(shapes: Hashable) -> Plan:

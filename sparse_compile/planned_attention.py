@@ -93,7 +93,10 @@ class PlannedAttention:
             return False
         if not _keeps_rows(method):
             return False
-        return DeviceAttention.is_faster(method, last.timed_as)
+        faster = DeviceAttention.is_faster(method, last.timed_as)
+        if self.device is not None:
+            self.device.slower = not faster  # for the report
+        return faster
 
     def reserve(self, device: torch.device) -> None:
         """Make what launches write to."""

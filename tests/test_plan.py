@@ -323,6 +323,46 @@ def test_two_forwards_before_a_backward(monkeypatch: pytest.MonkeyPatch) -> None
     close(mine, other)
 
 
+def test_layers_that_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo compiles the code of a layer once for all that are alike; each has plans of its own."""
+    found = {}
+    for planned in (True, False):
+        torch._dynamo.reset()
+        monkeypatch.setattr(compilers, "records", lambda patches, planned=planned: planned)
+        torch.manual_seed(3)
+        model = Net(attends=False).to(DEVICE)
+        torch.manual_seed(5)
+        backend = sparse_backend(SCHEDULES["sample, clip"], compiler="aot_eager", debug=True)
+        for layer in model.layers:
+            layer.compile(backend=backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0)
+        x, labels = batch()
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x.requires_grad_(), labels).backward()
+            optimizer.step()
+        assert len(backend.graphs) == 1
+        rows = {site.name: site.rows for site in backend.report().sites if site.kind == "linear"}
+        assert rows["layers.0.mix"] == rows["layers.1.mix"] == 3 * SAMPLES * TOKENS
+        found[planned] = [p.grad for p in model.parameters()]
+    close(found[True], found[False])
+
+
+def test_where_it_was_found_to_be_slower_a_layer_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(key: Any, candidates: Any) -> str:
+        name = "dense" if "dense" in candidates else list(candidates)[-1]
+        return choice._chosen.setdefault((True, key), name)  # what is recorded is timed without the host
+
+    monkeypatch.setattr(choice, "fastest", dense)
+    run = Run(SCHEDULES["sample"], monkeypatch)
+    for _ in range(2):
+        run()
+    assert all(choice.method is None for choice in run.plan_of_a_step().choices)
+    for site in run.backend.report().sites:
+        assert (site.method, site.keep) == ("exact", 1.0), site.name
+        assert "would cost more than it saves" in site.reason
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_not_finite_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(SCHEDULES["reuse"], monkeypatch)
