@@ -39,7 +39,7 @@ PLANNED = {
 }
 
 
-def plan_ops(graph: Graph, ops: Iterable[Node], *, token: Node, plan: Node, sites: int) -> dict[Node, Node]:
+def plan_ops(graph: Graph, ops: Iterable[Node], *, token: Node, plan: Node, sites: int) -> None:
     """Replace those of ``ops`` that can be recorded.
 
     Args:
@@ -47,15 +47,12 @@ def plan_ops(graph: Graph, ops: Iterable[Node], *, token: Node, plan: Node, site
         token: its ``begin`` node, whose manifest is set.
         plan: its input that is the number of a plan.
         sites: how many sites its manifest has.
-
-    Returns:
-        What was replaced, and by what.
     """
     on_gpu = [node for node in graph.find_nodes(op="placeholder") if g.is_tensor(node)]
     anchor = next((node for node in on_gpu if node.meta["val"].device.type == "cuda"), token.args[0])
     chosen = [op for op in ops if op.target in PLANNED]
     if not chosen:
-        return {}
+        return
     token, control = _plan_begin(graph, token, plan, anchor)
     backwards = [node for node in graph.nodes if node in chosen and g.is_backward(node)]
     in_backward = control
@@ -78,7 +75,6 @@ def plan_ops(graph: Graph, ops: Iterable[Node], *, token: Node, plan: Node, site
     for new in replaced.values():
         for result in [each for each in new.users if not each.users and each.target is operator.getitem]:
             graph.erase_node(result)  # whether a forward skips rows, which is known of a plan
-    return replaced
 
 
 def _plan_begin(graph: Graph, token: Node, plan: Node, anchor: Any) -> tuple[Node, Node]:

@@ -152,8 +152,10 @@ def test_batches_of_several_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     for samples, tokens in sizes:
         theirs(batch(samples, tokens))
-    # By now either has reused what it remembered of the last batch, or of one of another length.
-    assert ours.counted_in_a_step(batch(3, 5)).keys() == theirs.counted_in_a_step(batch(3, 5)).keys()
+    # By now either reuses what it remembered of the batch before.
+    assert all(site.method == "reuse" for site in ours.backend.report().sites)
+    ours(batch(3, 5))
+    theirs(batch(3, 5))
     close(ours(batch(3, 5)), theirs(batch(3, 5)))
 
 
