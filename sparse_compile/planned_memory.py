@@ -48,7 +48,10 @@ class PlannedMemory:
     def reserve(self, device: torch.device) -> None:
         """Make the room that is wanted. (What is made while a CUDA graph is recorded is part of its memory.)
         On another GPU than before, nothing is remembered; launches that were recorded keep their places."""
-        self._held = self._everywhere.setdefault(device, {})
+        held = self._everywhere.setdefault(device, {})
+        if held is not self._held:
+            self._held = held
+            self.clear()
         for key, wanted in self._wanted.items():
             made = {name: torch.zeros(s, dtype=dtype, device=device) for name, (s, dtype) in wanted.items()}
             self._held[key] = Held(made)
