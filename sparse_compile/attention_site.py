@@ -182,7 +182,7 @@ class AttentionSite(Site):
     def next_draw(self, use: Use) -> sample.Draw:
         """The random numbers of one backward."""
         self._draws += 1
-        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
+        return sample.Draw(f"{self.seed}/{self.name}/{use}", self._draws - 1)
 
     def _reuse_rows(
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
@@ -263,14 +263,14 @@ class AttentionSite(Site):
     def _count(self, zero: int, computed: int, forward: kernel.Forward | CudaFused) -> None:
         self.count(zero, computed, forward.keys, products=4 if forward.stored else 5)
 
-    def count(self, zero: int, computed: int, keys: int, *, products: int) -> None:
+    def count(self, zero: int, computed: int, keys: int, *, products: int, times: int = 1) -> None:
         """Count a backward: how many rows are zero, and computed, how many keys there are, and products."""
         _, heads, _, features = self.shape
-        flops = 2 * keys * heads * features  # of one row in one product
-        self.counters.backwards += 1
-        self.counters.rows += self._rows
-        self.counters.rows_zero += zero
-        self.counters.rows_computed += computed
+        flops = 2 * times * keys * heads * features  # of one row in one product
+        self.counters.backwards += times
+        self.counters.rows += times * self._rows
+        self.counters.rows_zero += times * zero
+        self.counters.rows_computed += times * computed
         self.counters.flops_forward_dense += 2 * flops * self._rows
         self.counters.flops_forward += 2 * flops * self._rows
         self.counters.flops_backward_dense += products * flops * self._rows

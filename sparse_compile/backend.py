@@ -192,11 +192,10 @@ class SparseBackend:
         device = next((each for each in devices if on_device.available(each)), None)
         if device is None:
             return None
-        if not compilers.records(patches):
-            self._runtime.cuda_graphs = CALLED
-            return None
-        why = refusal(self.schedule, self._monitor)
-        self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}" if why else RECORDED
+        recorded, why = compilers.records(patches), refusal(self.schedule, self._monitor)
+        self._runtime.cuda_graphs = RECORDED if recorded else CALLED
+        if recorded and why:
+            self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}"
         return None if why else PlannedCalls(set(parameters), device)
 
     def _check_schedule(self, root: nn.Module | None) -> None:

@@ -88,7 +88,7 @@ class BlockSite(Site):
     def next_draw(self, use: Use) -> sample.Draw:
         """The random numbers of one backward."""
         self._draws += 1
-        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
+        return sample.Draw(f"{self.seed}/{self.name}/{use}", self._draws - 1)
 
     def keep(self, phase: Phase) -> float:
         """The share of the samples that goes on. A fixed K means K^((n − i)/n) behind block i of n (from 0):

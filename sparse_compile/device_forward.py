@@ -9,6 +9,7 @@ exact.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,7 @@ class Needed:
         return cls(rows, share_skipped(skip)) if skip else None
 
 
+@functools.lru_cache(maxsize=4096)
 def skipped(alive: int, n: int) -> int:
     """Whether to skip all but ``alive`` of ``n`` rows: 1 more than their share, in eighths, or 0: not. (Of
     −1, nothing is known.)"""

@@ -343,7 +343,7 @@ class LinearSite(Site):
     def next_draw(self, use: Use) -> sample.Draw:
         """The random numbers of one backward."""
         self._draws += 1
-        return sample.Draw(f"{self.seed}/{self.name}/{use}/{self._draws - 1}")
+        return sample.Draw(f"{self.seed}/{self.name}/{use}", self._draws - 1)
 
     def _number_drawn(self, method: Sample | Adaptive, live: int) -> tuple[int, float | None]:
         """How many rows are drawn, where so many are not zero; and the cap on their weights."""
@@ -380,17 +380,18 @@ class LinearSite(Site):
         self.counters.rows_unneeded += unneeded
         self.counters.flops_forward -= 2 * unneeded * inputs * outputs
 
-    def count(self, zero: int, computed: list[int]) -> None:
+    def count(self, zero: int, computed: list[int], times: int = 1) -> None:
         """Count a backward with so many zero rows, and so many rows computed in each of its products."""
         n, inputs, outputs = self.shape
-        self.counters.backwards += 1
-        self.counters.rows += n
-        self.counters.rows_zero += zero
-        self.counters.rows_computed += max(computed)
-        self.counters.flops_forward_dense += 2 * n * outputs * inputs
-        self.counters.flops_forward += 2 * n * outputs * inputs
-        self.counters.flops_backward_dense += 2 * n * outputs * inputs * len(computed)
-        self.counters.flops_backward += 2 * sum(computed) * outputs * inputs
+        flops = 2 * times * outputs * inputs  # of one row in one product
+        self.counters.backwards += times
+        self.counters.rows += times * n
+        self.counters.rows_zero += times * zero
+        self.counters.rows_computed += times * max(computed)
+        self.counters.flops_forward_dense += n * flops
+        self.counters.flops_forward += n * flops
+        self.counters.flops_backward_dense += n * flops * len(computed)
+        self.counters.flops_backward += sum(computed) * flops
 
     def _count_rotated(self, rows: int) -> None:
         """Count, in place of a dW of so many rows, the corner of the rotated one."""

@@ -21,16 +21,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Collection, Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sparse_compile.device_forward import skipped
 from sparse_compile.kernels.choice import device_alone
 from sparse_compile.later import Later
 from sparse_compile.looks import Looks
 from sparse_compile.memory import Use
+from sparse_compile.replay import Programs
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.monitor import Monitor
@@ -49,7 +51,22 @@ _MANY = 16
 _FIRST = 1_000_003
 
 _numbers = itertools.count(_FIRST)
+_turns = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+
+class _Changes:
+    """How often something changed that sites decide by and that no plan shows."""
+
+    number = 0
+
+
+_changes = _Changes()
+
+
+def changed() -> None:
+    """Something did: what an op of a plan found out when it ran, say."""
+    _changes.number += 1
 
 
 def refusal(schedule: Schedule, monitor: Monitor | None) -> str | None:
@@ -94,10 +111,19 @@ class Choice:
     skip_mask: int = 0
 
 
+class Seen(NamedTuple):
+    """What the device has reported of a site: whether to skip rows that are zero, and those that no output
+    needs (as :class:`Choice` has it), and whether what it remembered last was finite."""
+
+    skip: int = 0
+    skip_mask: int = 0
+    finite: bool = True
+
+
 class Planned(Protocol):
     """The part of a site that decides and prepares."""
 
-    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """What it would do in a step. Changes nothing.
 
         Args:
@@ -105,8 +131,16 @@ class Planned(Protocol):
             use: which use of the layer it is.
             shapes: those of the graph's inputs.
             look: whether rows that are zero are to be counted.
-            seen: what the device has reported of it last; see :class:`Status`.
+            seen: what the device has reported of it last.
         """
+        ...
+
+    def rows(self, use: Use, shapes: Hashable) -> int:
+        """How many rows it has, or 0: none has been seen yet."""
+        ...
+
+    def age(self, use: Use, shapes: Hashable) -> int | None:
+        """Of what it remembers, in backwards; None if it is nothing."""
         ...
 
     def reserve(self, device: torch.device) -> None:
@@ -122,8 +156,14 @@ class Planned(Protocol):
 class NotPlanned:
     """The part of a site whose op is not recorded."""
 
-    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         return Choice()
+
+    def rows(self, use: Use, shapes: Hashable) -> int:
+        return 0
+
+    def age(self, use: Use, shapes: Hashable) -> int | None:
+        return None
 
     def reserve(self, device: torch.device) -> None:
         pass
@@ -142,6 +182,9 @@ class Plan:
         sites: of the graph, by their numbers. None until the graph has run once, and they are known.
         uses, choices: of each site.
         status: what its launches report to, on their GPU.
+        programs: what its ops launched.
+        backwards: how many were run.
+        turn: the order of the last one among those of all plans.
     """
 
     number: int
@@ -150,6 +193,33 @@ class Plan:
     uses: Sequence[Use] = ()
     choices: Sequence[Choice] = ()
     status: Status | None = None
+    programs: Programs = dataclasses.field(default_factory=Programs)
+    backwards: int = 0
+    turn: int = 0
+
+
+class Counts:
+    """As what the backwards of one site are counted. A replay runs no code of a site, so each plan counts its
+    backwards, and they are multiplied when somebody asks."""
+
+    def __init__(self) -> None:
+        self._each: dict[tuple[int, Use], tuple[Plan, int, Callable[[int], None]]] = {}
+
+    def each(self, plan: Plan, use: Use, count: Callable[[int], None]) -> None:
+        """Count the backward that has begun, and all to come under the plan, by ``count(times)``."""
+        begun = plan.backwards - 1
+        if (plan.number, use) in self._each:
+            _, counted, before = self._each[plan.number, use]
+            if begun > counted:
+                before(begun - counted)
+        self._each[plan.number, use] = plan, begun, count
+
+    def settle(self) -> None:
+        """Count what has not been counted yet; the last backward last."""
+        for key, (plan, counted, count) in sorted(self._each.items(), key=lambda item: item[1][0].turn):
+            if plan.backwards > counted:
+                self._each[key] = plan, plan.backwards, count
+                count(plan.backwards - counted)
 
 
 class Status:
@@ -184,6 +254,8 @@ class Case:
         looks: when rows that are zero are counted.
         skipped: which are skipped: skip and skip_mask of each site.
         plans: by what each site does in it.
+        rows: how many each site has, and at which change that was found.
+        settled: the last plan, and what it was decided by; where that is the same again, so is the plan.
     """
 
     def __init__(self, sites: int, device: torch.device) -> None:
@@ -191,6 +263,8 @@ class Case:
         self.looks = Looks(_LONGEST_PAUSE)
         self.skipped: list[tuple[int, int]] | None = None
         self.plans: dict[tuple[Choice, ...], Plan] = {}
+        self.rows: tuple[int, list[int]] | None = None
+        self.settled: tuple[Hashable, Plan] | None = None
 
 
 class Planner:
@@ -205,48 +279,94 @@ class Planner:
         self._sites = sites
         self._calls = calls
         self._cases: dict[Hashable, Case] = {}
+        self._skipped: list[tuple[int, int]] = [(0, 0)] * len(sites)  # in the step before
+        self._device: torch.device | None = None
         self._adopted: list[Plan] = []  # which are recorded under their numbers, whatever else comes up
 
     def plan(self, phase: Phase, lane: int, shapes: Hashable, device: torch.device) -> Plan:
         """The plan of a step that is about to begin."""
-        case, choices = self._choose(phase, lane, shapes, device)
-        if choices not in case.plans:
-            self._complete(new_plan(shapes), case, choices, lane)
-        return case.plans[choices]
+        case = self._case(lane, shapes, device)
+        look = case.looks.due()
+        uses: list[Use] = [(call, lane) for call in self._calls]
+        seen, decided_by = self._what_is_known(case, phase, uses, shapes)
+        if case.settled is None or look or device != self._device or case.settled[0] != decided_by:
+            choices = self._choose(case, phase, uses, shapes, device, look, seen)
+            if choices not in case.plans:
+                self._complete(new_plan(shapes), case, choices, uses)
+            case.settled = (None if look else decided_by), case.plans[choices]
+        return case.settled[1]
 
     def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:
         """Decide for a plan that was made before the graph was known."""
-        self._complete(plan, *self._choose(phase, lane, plan.shapes, device), lane)
+        case = self._case(lane, plan.shapes, device)
+        uses: list[Use] = [(call, lane) for call in self._calls]
+        seen, _ = self._what_is_known(case, phase, uses, plan.shapes)
+        choices = self._choose(case, phase, uses, plan.shapes, device, case.looks.due(), seen)
+        self._complete(plan, case, choices, uses)
         self._adopted.append(plan)
 
-    def _complete(self, plan: Plan, case: Case, choices: tuple[Choice, ...], lane: int) -> None:
-        plan.sites, plan.choices, plan.status = self._sites, choices, case.status
-        plan.uses = [(call, lane) for call in self._calls]
-        case.plans[choices] = plan
-
-    def _choose(
-        self, phase: Phase, lane: int, shapes: Hashable, device: torch.device
-    ) -> tuple[Case, tuple[Choice, ...]]:
+    def _case(self, lane: int, shapes: Hashable, device: torch.device) -> Case:
         case = self._cases.get((device, lane, shapes))
         if case is None:
             case = self._cases[device, lane, shapes] = Case(len(self._sites), device)
-        look = case.looks.due()
+        return case
+
+    def _complete(self, plan: Plan, case: Case, choices: tuple[Choice, ...], uses: Sequence[Use]) -> None:
+        plan.sites, plan.choices, plan.status, plan.uses = self._sites, choices, case.status, uses
+        case.plans[choices] = plan
+
+    def _what_is_known(
+        self, case: Case, phase: Phase, uses: Sequence[Use], shapes: Hashable
+    ) -> tuple[list[Seen], Hashable]:
+        """What was seen of each site, and all that it is decided by what they do."""
+        if case.rows is None or case.rows[0] != _changes.number:
+            found = [site.planned.rows(use, shapes) for site, use in zip(self._sites, uses, strict=True)]
+            case.rows = _changes.number, found
+        seen = [
+            # Of other batches, where none of these sizes was seen yet.
+            Seen(skipped(alive, n), skipped(needed, n), finite == 1) if n else Seen(*before)
+            for (alive, needed, finite), n, before in zip(
+                case.status.seen(), case.rows[1], self._skipped, strict=True
+            )
+        ]
+        ages = None
+        if isinstance(phase.linear, Reuse) or isinstance(phase.attention, Reuse):
+            ages = [site.planned.age(use, shapes) for site, use in zip(self._sites, uses, strict=True)]
+        return seen, (phase.linear, phase.attention, phase.blocks, seen, ages, _changes.number)
+
+    def _choose(
+        self,
+        case: Case,
+        phase: Phase,
+        uses: Sequence[Use],
+        shapes: Hashable,
+        device: torch.device,
+        look: bool,
+        seen: Sequence[Seen],
+    ) -> tuple[Choice, ...]:
         choices = []
         with device_alone():
-            for site, call, seen in zip(self._sites, self._calls, case.status.seen(), strict=True):
+            for site, use, of_it in zip(self._sites, uses, seen, strict=True):
                 site.planned.reserve(device)
-                choices.append(site.planned.choose(phase, (call, lane), shapes, look, seen))
-        skipped = [(choice.skip, choice.skip_mask) for choice in choices]
+                choices.append(site.planned.choose(phase, use, shapes, look, of_it))
+        self._device = device
+        left_out = [(choice.skip, choice.skip_mask) for choice in choices]
         if len(case.plans) < _MANY or case.skipped is None:
             if look:
-                case.looks.found(skipped != case.skipped)
-            case.skipped = skipped
-        elif skipped != case.skipped:
+                case.looks.found(left_out != case.skipped)
+            case.skipped = left_out
+        elif left_out != case.skipped:
             choices = [
                 dataclasses.replace(choice, skip=skip if choice.look else 0, skip_mask=mask)
                 for choice, (skip, mask) in zip(choices, case.skipped, strict=True)
             ]
-        return case, tuple(choices)
+        self._skipped = case.skipped
+        return tuple(choices)
+
+    def forget(self) -> None:
+        """Let go of what was launched, and where it wrote to."""
+        self._cases.clear()
+        self._adopted.clear()
 
     @staticmethod
     def begin(plan: Plan) -> None:
@@ -256,6 +376,8 @@ class Planner:
 
     def prepare(self, plan: Plan, device: torch.device) -> Tensor:
         """A backward of the plan begins: the numbers that change, int64 [sites, NUMBERS]."""
+        plan.backwards += 1
+        plan.turn = next(_turns)
         numbers = [site.planned.prepare(plan, number) for number, site in enumerate(self._sites)]
         if not any(numbers):
             return torch.zeros(len(numbers), NUMBERS, dtype=torch.int64, device=device)
@@ -277,13 +399,16 @@ class PlannedCalls:
 
     def __init__(self, parameters: Collection[int], device: torch.device) -> None:
         self._parameters = frozenset(parameters)
+        self._batch: list[int] | None = None
         self.device = device
         self._first: dict[Hashable, Plan] = {}
         self.graphs: dict[tuple[int, str], int] = {}
 
     def shapes(self, inputs: Sequence[Any]) -> Hashable:
         """What tells batches of different sizes apart."""
-        batch = [each for i, each in enumerate(inputs) if i not in self._parameters]
+        if self._batch is None:
+            self._batch = [i for i in range(len(inputs)) if i not in self._parameters]
+        batch = [inputs[i] for i in self._batch]
         return tuple(each.shape if isinstance(each, Tensor) else each for each in batch)
 
     def first(self, shapes: Hashable) -> Plan:

@@ -6,21 +6,21 @@ As ``planned_linear.py``: the gradients are those of ``device_attention.py``, de
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from sparse_compile.device_attention import WORTH_LOOKING, DeviceAttention, flops_of
-from sparse_compile.device_forward import share_skipped, skipped
+from sparse_compile.device_forward import share_skipped
 from sparse_compile.kernels import on_device
 from sparse_compile.kernels.attention import Gradients
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Use
 from sparse_compile.methods import attention
 from sparse_compile.methods.rows import number_kept
-from sparse_compile.plan import Choice, Plan, hashable, plain
+from sparse_compile.plan import Choice, Counts, Plan, Seen, hashable, plain
 from sparse_compile.planned_memory import PlannedMemory
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.reuse import Reuse
@@ -30,11 +30,9 @@ from sparse_compile.tally import Tally
 if TYPE_CHECKING:
     from sparse_compile.attention_site import AttentionSite
 
-Counted = tuple[tuple[int, int, int, int], int, int]  # the shape, the keys, and the rows that are computed
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Seen:
+class Backward:
     """Of a backward: its shape [B, H, T, D], the number of keys, its FLOPs, and what its time depends on."""
 
     shape: tuple[int, int, int, int]
@@ -50,18 +48,27 @@ class PlannedAttention:
     def __init__(self, site: AttentionSite) -> None:
         self._site = site
         self.memory = PlannedMemory()
-        self._seen: dict[tuple[int, Hashable], Seen] = {}
+        self._seen: dict[tuple[int, Hashable], Backward] = {}
         self.device: DeviceAttention | None = None
         self._tally = Tally()
-        self._counted: dict[int, Counted] = {}
-        self._to_count: Counted | None = None
+        self._counts = Counts()
 
     @property
     def used(self) -> bool:
         """Whether a backward was planned."""
         return bool(self._seen)
 
-    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+    def rows(self, use: Use, shapes: Hashable) -> int:
+        """See :class:`plan.Planned`."""
+        last = self._seen.get((use[0], shapes))
+        return 0 if last is None else last.shape[0] * last.shape[2]
+
+    def age(self, use: Use, shapes: Hashable) -> int | None:
+        """See :class:`plan.Planned`."""
+        last = self._seen.get((use[0], shapes))
+        return None if last is None else self.memory.age(use, (last.shape[2], last.keys))
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
         last = self._seen.get((use[0], shapes))
         if self._site.left_alone:
@@ -71,11 +78,11 @@ class PlannedAttention:
             asked = None if self._site.held_back else phase.attention
             if asked is not None and (asked.keep == 1.0 or not _keeps_rows(asked)):
                 asked = None
-            return Choice(asked, look=look)
-        rows = last.shape[0] * last.shape[2]
+            skip = 0 if isinstance(asked, Sample) else seen.skip
+            return Choice(asked, look=look or skip > 0, skip=skip)
         method = phase.attention
         if method is None or not self._applies(method, last):
-            skip = skipped(seen[0], rows)
+            skip = seen.skip
             worth_looking = last.by_kernel and last.flops >= WORTH_LOOKING
             return Choice(look=look or skip > 0, skip=skip) if worth_looking else Choice()
         if isinstance(method, Sample):
@@ -83,12 +90,12 @@ class PlannedAttention:
         sizes = (last.shape[2], last.keys)
         if not self.memory.has_room(use, sizes):
             return Choice(method, look=look)
-        age = self.memory.age(use, sizes) if seen[2] else None
+        age = self.memory.age(use, sizes) if seen.finite else None
         if age is None:
             return Choice(method, renew=True, look=look)
         return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
 
-    def _applies(self, method: Reuse | Sample, last: Seen) -> bool:
+    def _applies(self, method: Reuse | Sample, last: Backward) -> bool:
         if method.keep == 1.0 or self._site.held_back or not last.by_kernel:
             return False
         if not _keeps_rows(method):
@@ -105,8 +112,6 @@ class PlannedAttention:
 
     def prepare(self, plan: Plan, number: int) -> list[int]:
         """See :class:`plan.Planned`."""
-        self.settle_counts()
-        self._to_count = self._counted.get(plan.number)
         choice, use, site = plan.choices[number], plan.uses[number], self._site
         last = self._seen.get((use[0], plan.shapes))
         if isinstance(choice.method, Sample):
@@ -134,7 +139,7 @@ class PlannedAttention:
         assert plan.status is not None
         flops, by_kernel = flops_of(forward, rows), forward.by_kernel
         timed_as = device.sizes(do, forward)
-        self._seen[use[0], plan.shapes] = Seen(forward.shape, forward.keys, flops, by_kernel, timed_as)
+        self._seen[use[0], plan.shapes] = Backward(forward.shape, forward.keys, flops, by_kernel, timed_as)
         report, computed = plan.status.on_device[number], rows
         if choice.left_alone:
             gradients = forward.backward(do)
@@ -155,7 +160,7 @@ class PlannedAttention:
         if isinstance(choice.method, Reuse):
             self._remember(choice, choice.method, use, numbers, do, gradients, report)
         computed = computed if site.kernel == "triton" else rows
-        self._counted[plan.number] = self._to_count = forward.shape, forward.keys, computed
+        self._count(plan, use, forward, computed)
         return gradients
 
     def _live(self, choice: Choice, do: Tensor, report: Tensor) -> Queries | None:
@@ -197,17 +202,19 @@ class PlannedAttention:
             named = zip(attention.REMEMBERED, (do, *gradients), strict=True)
             self.memory.want(use, sizes, {name: (tuple(x.shape[1:]), x.dtype) for name, x in named})
 
-    def settle_counts(self) -> None:
-        """Count the last backward that was prepared."""
-        counted, self._to_count = self._to_count, None
-        if counted is not None:
-            shape, keys, computed = counted
-            self._site.shape = shape
-            self._site.count(0, computed, keys, products=5)
+    def _count(self, plan: Plan, use: Use, forward: CudaFused, computed: int) -> None:
+        site, shape, keys = self._site, forward.shape, forward.keys
+        method, kernel = site.method, site.kernel
+
+        def count(times: int) -> None:
+            site.shape, site.method, site.kernel = shape, method, kernel
+            site.count(0, computed, keys, products=5, times=times)
+
+        self._counts.each(plan, use, count)
 
     def settle(self) -> tuple[int, int, int]:
         """As :meth:`DeviceAttention.settle`."""
-        self.settle_counts()
+        self._counts.settle()
         return self._tally.settle()
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +233,7 @@ class PlannedAttention:
         self.memory.clear()
         self.memory.refreshes = state.get("draws", 0)
         for call, shapes, shape, *seen in state.get("sizes", []):
-            self._seen[call, hashable(shapes)] = Seen(tuple(shape), *seen)
+            self._seen[call, hashable(shapes)] = Backward(tuple(shape), *seen)
         for key, (tensors, sizes, age) in state.get("snapshots", {}).items():
             call, lane = key.split("/")
             self.memory.load((int(call), int(lane)), tuple(sizes), tensors, age)

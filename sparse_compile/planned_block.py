@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Use
 from sparse_compile.methods.rows import number_kept
-from sparse_compile.plan import Choice, Plan
+from sparse_compile.plan import Choice, Counts, Plan, Seen
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.sample import Sample
 from sparse_compile.tally import Tally
@@ -26,10 +26,17 @@ class PlannedBlock:
     def __init__(self, site: BlockSite, tally: Tally) -> None:
         self._site = site
         self._tally = tally
-        self._counted: dict[int, tuple[int, int]] = {}
-        self._to_count: tuple[int, int] | None = None
+        self._counts = Counts()
 
-    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+    def rows(self, use: Use, shapes: Hashable) -> int:
+        """See :class:`plan.Planned`."""
+        return 0
+
+    def age(self, use: Use, shapes: Hashable) -> int | None:
+        """See :class:`plan.Planned`."""
+        return None
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
         method, share = phase.blocks, self._site.keep(phase)
         return Choice(method, share=share) if isinstance(method, Sample) and share < 1.0 else Choice()
@@ -40,8 +47,6 @@ class PlannedBlock:
 
     def prepare(self, plan: Plan, number: int) -> list[int]:
         """See :class:`plan.Planned`."""
-        self.settle_counts()
-        self._to_count = self._counted.get(plan.number)
         if plan.choices[number].method is None:
             return []
         draw = self._site.next_draw(plan.uses[number])
@@ -54,22 +59,25 @@ class PlannedBlock:
         tally = self._tally.on(squares.device)
         if not isinstance(choice.method, Sample) or n == 0:
             self._site.method = "exact"
-            self._counted[plan.number] = self._to_count = n, n
+            self._count(plan, number, n, n)
             tally[:2] += (squares == 0).sum()
             return torch.ones_like(squares)
         self._site.method = choice.method.method
         k = number_kept(choice.share, n)
-        self._counted[plan.number] = self._to_count = n, k
+        self._count(plan, number, n, k)
         return on_device.drawn_weights(squares.sqrt(), k, choice.method.clip, numbers[:2], tally)
 
+    def _count(self, plan: Plan, number: int, n: int, computed: int) -> None:
+        site, method = self._site, self._site.method
+
+        def count(times: int) -> None:
+            site.shape, site.method = (n,), method
+            site.counters.backwards += times
+            site.counters.rows += times * n
+            site.counters.rows_computed += times * computed
+
+        self._counts.each(plan, plan.uses[number], count)
+
     def settle_counts(self) -> None:
-        """Count the last backward that was prepared."""
-        counted, self._to_count = self._to_count, None
-        if counted is None:
-            return
-        n, computed = counted
-        self._site.counters.backwards += 1
-        self._site.counters.rows += n
-        self._site.counters.rows_computed += computed
-        if computed < n:
-            self._site.controller.dropped(n - computed, n)
+        """Count the backwards since the last call."""
+        self._counts.settle()

@@ -10,20 +10,19 @@ kept count as zero.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.device_forward import Needed, skipped
+from sparse_compile.device_forward import Needed
 from sparse_compile.device_linear import WORTH_LOOKING, DeviceLinear
 from sparse_compile.kernels import linear as aten
 from sparse_compile.kernels import on_device
 from sparse_compile.memory import Use
-from sparse_compile.methods import reuse
 from sparse_compile.methods.rows import Estimate, Rows, number_kept
-from sparse_compile.plan import NUMBERS, Choice, Plan, hashable, plain
+from sparse_compile.plan import NUMBERS, Choice, Counts, Plan, Seen, hashable, plain
 from sparse_compile.planned_memory import PlannedMemory
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.reuse import Reuse
@@ -55,16 +54,24 @@ class PlannedLinear:
         self._sizes: dict[tuple[int, Hashable], Sizes] = {}
         self.device: DeviceLinear | None = None
         self._tally = Tally()
-        # What a backward of each plan is counted as, and the one that is to be counted next.
-        self._counted: dict[int, Callable[[], None]] = {}
-        self._to_count: Callable[[], None] | None = None
+        self._counts = Counts()
 
     @property
     def used(self) -> bool:
         """Whether a backward was planned."""
         return bool(self._sizes)
 
-    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Sequence[int]) -> Choice:
+    def rows(self, use: Use, shapes: Hashable) -> int:
+        """See :class:`plan.Planned`."""
+        sizes = self._sizes.get((use[0], shapes))
+        return 0 if sizes is None else sizes.n
+
+    def age(self, use: Use, shapes: Hashable) -> int | None:
+        """See :class:`plan.Planned`."""
+        sizes = self._sizes.get((use[0], shapes))
+        return None if sizes is None else self.memory.age(use, (sizes.tokens,))
+
+    def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
         site, sizes = self._site, self._sizes.get((use[0], shapes))
         if site.left_alone:
@@ -74,15 +81,15 @@ class PlannedLinear:
             method = None if site.held_back or not isinstance(phase.linear, Reuse | Sample) else phase.linear
             if method is not None and method.keep == 1.0:
                 method = None
-            return Choice(method, look=look, count_mask=True)
-        skip_mask = skipped(seen[1], sizes.n)
-        choice = self._choose_backward(phase, use, sizes, look, alive=seen[0], finite=bool(seen[2]))
+            skip = 0 if isinstance(method, Sample) else seen.skip
+            look = look or skip > 0
+            return Choice(method, look=look, skip=skip, count_mask=True, skip_mask=seen.skip_mask)
+        choice = self._choose_backward(phase, use, sizes, look, seen)
+        skip_mask = seen.skip_mask
         return dataclasses.replace(choice, count_mask=look or skip_mask > 0, skip_mask=skip_mask)
 
-    def _choose_backward(
-        self, phase: Phase, use: Use, sizes: Sizes, look: bool, *, alive: int, finite: bool
-    ) -> Choice:
-        site, skip = self._site, skipped(alive, sizes.n)
+    def _choose_backward(self, phase: Phase, use: Use, sizes: Sizes, look: bool, seen: Seen) -> Choice:
+        site, skip = self._site, seen.skip
         method = None if site.held_back else phase.linear
         if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or not self._pays(method, sizes):
             if 4 * sizes.n * sizes.inputs * sizes.outputs < WORTH_LOOKING:
@@ -97,7 +104,7 @@ class PlannedLinear:
             return Choice(look=look)
         if not self.memory.has_room(use, (sizes.tokens,)):
             return Choice(method, look=look)
-        age = self.memory.age(use, (sizes.tokens,)) if finite else None
+        age = self.memory.age(use, (sizes.tokens,)) if seen.finite else None
         if age is None:
             return Choice(method, renew=True, look=look)
         return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
@@ -114,8 +121,6 @@ class PlannedLinear:
 
     def prepare(self, plan: Plan, number: int) -> list[int]:
         """See :class:`plan.Planned`."""
-        self.settle_counts()
-        self._to_count = self._counted.get(plan.number)
         choice, use = plan.choices[number], plan.uses[number]
         sizes = self._sizes.get((use[0], plan.shapes))
         if isinstance(choice.method, Sample):
@@ -162,7 +167,7 @@ class PlannedLinear:
         site.method = "dense" if choice.left_alone else "exact"
         self.device = DeviceLinear.of(dy, self.device, site.settle, self._tally)
         if choice.left_alone or self.device is None:
-            self._count(plan, sizes, [sizes.n, sizes.n])
+            self._count(plan, use, sizes, [sizes.n, sizes.n])
             return aten.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
         self.device.needed = needed
         if needed is not None:
@@ -175,7 +180,7 @@ class PlannedLinear:
         if isinstance(choice.method, Reuse):
             self._remember(choice, choice.method, use, numbers, dy, tokens, report)
         computed = [e.computed if isinstance(e, Rows) else sizes.n for e in (for_dx, for_dw)]
-        self._count(plan, sizes, computed)
+        self._count(plan, use, sizes, computed)
         return dx, dw
 
     def _estimates(
@@ -237,28 +242,24 @@ class PlannedLinear:
     ) -> None:
         if choice.renew:
             which = numbers[:1] if method.source == "sample" else None
-            self.memory.renew(use, (tokens,), {"base": reuse.next_base(dy, tokens, which)}, report[2])
+            on_device.renew_base(dy, self.memory.tensors(use, (tokens,))["base"], which, report[2:])
         elif not choice.recall:
             self.memory.want(use, (tokens,), {"base": ((tokens, dy.shape[1]), dy.dtype)})
 
-    def _count(self, plan: Plan, sizes: Sizes, computed: list[int]) -> None:
+    def _count(self, plan: Plan, use: Use, sizes: Sizes, computed: list[int]) -> None:
+        site = self._site
         asked = [k for k, there in zip(computed, (sizes.has_w, sizes.has_x), strict=True) if there]
+        method, kernel = site.method, site.kernel
 
-        def count() -> None:
-            self._site.shape = (sizes.n, sizes.inputs, sizes.outputs)
-            self._site.count(0, asked)
+        def count(times: int) -> None:
+            site.shape, site.method, site.kernel = (sizes.n, sizes.inputs, sizes.outputs), method, kernel
+            site.count(0, asked, times)
 
-        self._counted[plan.number] = self._to_count = count
-
-    def settle_counts(self) -> None:
-        """Count the last backward that was prepared."""
-        count, self._to_count = self._to_count, None
-        if count is not None:
-            count()
+        self._counts.each(plan, use, count)
 
     def settle(self) -> tuple[int, int, int]:
         """As :meth:`DeviceLinear.settle`."""
-        self.settle_counts()
+        self._counts.settle()
         return self._tally.settle()
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_compile.memory import Use
 from sparse_compile.methods.rows import wide
+from sparse_compile.plan import changed
 
 Sizes = tuple[int, ...]  # the lengths of the sequences it is of
 
@@ -101,6 +102,7 @@ class PlannedMemory:
 
     def forget(self) -> None:
         """Free its places, too."""
+        changed()
         self._everywhere.clear()
         self._held = {}
 
@@ -112,6 +114,7 @@ class PlannedMemory:
 
     def load(self, use: Use, sizes: Sizes, tensors: dict[str, Tensor], age: int) -> None:
         """Take over what another run remembered, when the next forward begins."""
+        changed()
         self._loaded[use] = sizes, {name: tensor.clone() for name, tensor in tensors.items()}, age
 
     def _take(self, use: Use, sizes: Sizes, tensors: dict[str, Tensor], age: int) -> None:

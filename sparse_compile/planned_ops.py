@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,10 +95,40 @@ def _prepare_backward_fake(plan: int, token: Tensor, anchor: Tensor, sites: int)
     return anchor.new_empty(sites, NUMBERS, dtype=torch.int64)
 
 
-@torch.library.impl(_library, "linear_backward.planned", "CompositeExplicitAutograd")
+def _replayed(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Implement ``op``. Its function takes its arguments with the plan in the place of that one's number, or
+    with None. From its third run under a plan on, what it launched is launched again; see ``replay.py``."""
+
+    def implement(function: Callable[..., Any]) -> None:
+        def run(control: Tensor, plan: int, *arguments: Any) -> Any:
+            known = plans.find(plan)
+            if known is None:
+                return function(control, None, *arguments)
+            inputs: list[Tensor] = [control]
+            others: list[Any] = [op]
+            for each in arguments:
+                if isinstance(each, Tensor):
+                    inputs.append(each)
+                elif isinstance(each, list):
+                    inputs += each
+                else:
+                    others.append(each)
+
+            def launch() -> Any:
+                plans.changed()
+                return function(control, known, *arguments)
+
+            return known.programs.run(tuple(others), inputs, launch)
+
+        torch.library.impl(_library, op, "CompositeExplicitAutograd")(run)
+
+    return implement
+
+
+@_replayed("linear_backward.planned")
 def _linear_backward(
     control: Tensor,
-    plan: int,
+    plan: Plan | None,
     dy: Tensor,
     x: Tensor | None,
     w: Tensor | None,
@@ -108,16 +139,15 @@ def _linear_backward(
     needed: list[Tensor] | None = None,
     mask: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    known = plans.find(plan)
-    if known is None:
+    if plan is None:
         dx, dw = kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
     else:
         with choice.device_alone():
-            dx, dw = known.sites[site].planned.launch(
-                *(known, site, control[site], dy, x, w),
+            dx, dw = plan.sites[site].planned.launch(
+                *(plan, site, control[site], dy, x, w),
                 tokens=tokens,
                 dw_transposed=dw_transposed,
-                needed=None if needed is None else _needed(known, mask, *needed),
+                needed=None if needed is None else _needed(plan, mask, *needed),
             )
     distinct, index = (dy.new_empty(0), None) if dx is None else dx
     if dx_whole:
@@ -153,17 +183,16 @@ def _choice(plan: Plan | None, site: int) -> Choice:
     return Choice() if plan is None else plan.choices[site]
 
 
-@torch.library.impl(_library, "needed_slots.planned", "CompositeExplicitAutograd")
+@_replayed("needed_slots.planned")
 def _needed_slots(
-    control: Tensor, plan: int, needed: Tensor, site: int
+    control: Tensor, plan: Plan | None, needed: Tensor, site: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    known = plans.find(plan)
-    if not _choice(known, site).count_mask or len(needed) == 0 or not on_device.available(needed.device):
+    if not _choice(plan, site).count_mask or len(needed) == 0 or not on_device.available(needed.device):
         return DeviceForward.no_slots(needed)
-    assert known is not None
-    assert known.status is not None
+    assert plan is not None
+    assert plan.status is not None
     found = on_device.needed_slots(needed)
-    known.status.on_device[site, 1:2].copy_(found[1])
+    plan.status.on_device[site, 1:2].copy_(found[1])
     return found
 
 
@@ -174,10 +203,10 @@ def _needed_slots_fake(
     return DeviceForward.no_slots(needed)
 
 
-@torch.library.impl(_library, "linear_forward_rows.planned", "CompositeExplicitAutograd")
+@_replayed("linear_forward_rows.planned")
 def _linear_forward_rows(
     control: Tensor,
-    plan: int,
+    plan: Plan | None,
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -189,11 +218,10 @@ def _linear_forward_rows(
     mask: int,
     whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    known = plans.find(plan)
-    layer = None if known is None else known.sites[site]
+    layer = None if plan is None else plan.sites[site]
     forward = DeviceForward() if layer is None else layer.on_device
     left_alone = layer is None or layer.left_alone
-    needed = None if left_alone or known is None else _needed(known, mask, kept, count, slot)
+    needed = None if left_alone or plan is None else _needed(plan, mask, kept, count, slot)
     with choice.device_alone():
         return forward.linear(x, w, bias, needed, copies, whole=whole)  # type: ignore[no-any-return]
 
@@ -217,12 +245,11 @@ def _linear_forward_rows_fake(
     return x.new_empty(n, w.shape[0]), x.new_empty(0 if whole else n, dtype=torch.int64)
 
 
-@torch.library.impl(_library, "sample_weights.planned", "CompositeExplicitAutograd")
-def _sample_weights(control: Tensor, plan: int, squares: Tensor, site: int) -> Tensor:
-    known = plans.find(plan)
-    if known is None:
+@_replayed("sample_weights.planned")
+def _sample_weights(control: Tensor, plan: Plan | None, squares: Tensor, site: int) -> Tensor:
+    if plan is None:
         return torch.ones_like(squares)
-    return known.sites[site].planned.launch(known, site, control[site], squares)  # type: ignore[no-any-return]
+    return plan.sites[site].planned.launch(plan, site, control[site], squares)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("sparse_compile::sample_weights.planned")
@@ -230,15 +257,15 @@ def _sample_weights_fake(control: Tensor, plan: int, squares: Tensor, site: int)
     return torch.empty_like(squares)
 
 
-@torch.library.impl(_library, "cuda_attention_backward.planned", "CompositeExplicitAutograd")
+@_replayed("cuda_attention_backward.planned")
 def _cuda_attention_backward(
-    control: Tensor, plan: int, site: int, form: str, do: Tensor, *rest: Any
+    control: Tensor, plan: Plan | None, site: int, form: str, do: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    known, forward = plans.find(plan), CudaFused.of(form, *rest)
-    if known is None:
+    forward = CudaFused.of(form, *rest)
+    if plan is None:
         return forward.backward(do)
     with choice.device_alone():
-        return known.sites[site].planned.launch(known, site, control[site], do, forward)  # type: ignore[no-any-return]
+        return plan.sites[site].planned.launch(plan, site, control[site], do, forward)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("sparse_compile::cuda_attention_backward.planned")

@@ -217,6 +217,9 @@ class Runtime:
 
     def _forget(self, copy: int) -> None:
         """Free what was remembered for a model that is gone; its numbers stay in the report."""
+        for (_, of_copy, _), number in self._graph_ids.items():
+            if of_copy == copy:
+                self._graphs[number].planner.forget()
         for name, site in self.sites.items():
             if name.partition("@")[2] == (str(copy) if copy else ""):
                 site.forget()

@@ -10,9 +10,22 @@ from typing import Any
 import pytest
 import torch
 from cuda_attention import attend
+from sparse_compile.passes import forward
 from torch import Tensor, nn
 
-from sparse_compile import Reuse, Sample, Schedule, compilers, plan, sparse_backend
+from sparse_compile import (
+    Reuse,
+    Sample,
+    Schedule,
+    SparseBackend,
+    device_attention,
+    device_linear,
+    plan,
+    planned_attention,
+    planned_linear,
+    sparse_backend,
+)
+from sparse_compile.kernels import choice, on_device
 from sparse_compile.plan import Planner
 from sparse_compile.planned_block import PlannedBlock
 from sparse_compile.planned_linear import PlannedLinear
@@ -65,6 +78,21 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which a CPU is taken for a GPU, with kernels for everything."""
+    monkeypatch.setattr(forward, "_CPU", ())
+    monkeypatch.setattr(forward, "_GPU", ("cpu", "cuda"))
+    monkeypatch.setattr(forward, "_WORTH_ASKING", 0)
+    monkeypatch.setattr(on_device, "usable", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(on_device, "available", lambda device: True)
+    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(planned_linear, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(planned_attention, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(device_attention, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: list(candidates)[-1])
+
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -100,8 +128,8 @@ class Run:
     def __call__(self, *batches: Batch, overflows: bool = False) -> list[Tensor]:
         """The gradients of one step; one that overflows is not taken, as by a GradScaler."""
         with self._monkeypatch.context() as patch:
-            if self._mode is None:
-                patch.setattr(compilers, "records", lambda patches: self._planned)
+            if not self._planned:
+                patch.setattr(SparseBackend, "_planned_calls", lambda *_: None)
             self._optimizer.zero_grad()
             sum(self._run(*each) for each in batches or (batch(),)).backward()  # type: ignore[union-attr]
             if not overflows:

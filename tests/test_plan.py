@@ -10,8 +10,20 @@ import pytest
 import torch
 from cuda_attention import cuda_attention_on_cpu  # noqa: F401
 from cuda_linear import nothing_waits
-from planned import DEVICE, LINEARS, SAMPLES, SCHEDULES, STEPS, TOKENS, Net, Run, batch, close, replaying
-from sparse_compile.passes import forward
+from planned import (  # noqa: F401
+    DEVICE,
+    LINEARS,
+    SAMPLES,
+    SCHEDULES,
+    STEPS,
+    TOKENS,
+    Net,
+    Run,
+    as_on_a_gpu,
+    batch,
+    close,
+    replaying,
+)
 
 pytest.importorskip("triton")
 
@@ -21,31 +33,14 @@ from sparse_compile import (
     RotatedTopK,
     Sample,
     Schedule,
+    SparseBackend,
     compilers,
-    device_attention,
-    device_linear,
     plan,
-    planned_attention,
-    planned_linear,
     sparse_backend,
 )
-from sparse_compile.kernels import choice, on_device
+from sparse_compile.kernels import choice
 
-pytestmark = pytest.mark.usefixtures("cuda_attention_on_cpu")
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_CPU", ())
-    monkeypatch.setattr(forward, "_GPU", ("cpu", "cuda"))
-    monkeypatch.setattr(forward, "_WORTH_ASKING", 0)
-    monkeypatch.setattr(on_device, "usable", lambda x: x.dtype == torch.float32)
-    monkeypatch.setattr(on_device, "available", lambda device: True)
-    monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
-    monkeypatch.setattr(planned_linear, "WORTH_LOOKING", 0)
-    monkeypatch.setattr(planned_attention, "WORTH_LOOKING", 0)
-    monkeypatch.setattr(device_attention, "WORTH_LOOKING", 0)
-    monkeypatch.setattr(choice, "fastest", lambda key, candidates: list(candidates)[-1])
+pytestmark = pytest.mark.usefixtures("cuda_attention_on_cpu", "as_on_a_gpu")
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -176,7 +171,8 @@ def test_layers_that_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     found = {}
     for planned in (True, False):
         torch._dynamo.reset()
-        monkeypatch.setattr(compilers, "records", lambda patches, planned=planned: planned)
+        if not planned:
+            monkeypatch.setattr(SparseBackend, "_planned_calls", lambda *_: None)
         torch.manual_seed(3)
         model = Net(attends=False).to(DEVICE)
         torch.manual_seed(5)
@@ -296,7 +292,7 @@ def test_the_report_says_whether_ops_are_recorded(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_is_called_as_before_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(SCHEDULES["reuse, every 3rd"], monkeypatch, planned=False)
+    run = Run(Schedule.vcas(), monkeypatch)
     run()
     assert ".planned(" not in run.backend.graphs[0].after
     assert "prepare_backward" not in run.backend.graphs[0].after

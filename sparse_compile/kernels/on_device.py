@@ -112,6 +112,15 @@ def _no_rows(dy: Tensor) -> Rows:
     return Rows(numbers, count=numbers.new_zeros(1), slot=numbers.long())
 
 
+def renew_base(dy: Tensor, base: Tensor, sample: Tensor | None, renewed: Tensor) -> None:
+    """Renew P [T, O] from dY [N, O] in its place, if what it is to be is finite; see
+    ``triton/base_renewal.py``."""
+    from sparse_compile.kernels.triton.base_renewal import renew_base
+
+    if len(dy) > 0:
+        renew_base(dy, base, sample, renewed)
+
+
 def tally_rows(tally: Tensor, count: Tensor, n: int, *, zero: bool, flops: int) -> None:
     """Count the rows beyond ``count`` of ``n`` as skipped, each of so many ``flops``; as zero, if asked."""
     from sparse_compile.kernels.triton.compaction import tally_rows

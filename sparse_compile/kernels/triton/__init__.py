@@ -6,8 +6,10 @@ read, and the packing of what is saved for a backward.
     draw.py              k rows at random, by a score  ►  an index buffer, weights and a count
     largest.py           the k live rows with the largest score  ►  an index buffer and a count
     input_gradient.py    gather–matmul, dX = dY · W over the rows in the buffer
+    base_renewal.py      a base in its place, if what it is to be is finite
     base_inputs.py       Σ dropped X, what the base is multiplied by in dW
     weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
+    partial_sums.py      what is left to add up where its rows were dealt out
     neighbours.py        the n largest of every four neighbours of dY − P
     attention.py         attention's backward over the query rows in the buffer
     launcher.py          how a kernel is launched, with little of the host's time

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ _traits: dict[int, Traits] = {}
 _built: dict[tuple[Any, ...], Built] = {}
 # Tuning keeps its arguments in the kernel: two threads (of two GPUs) must not tune at once.
 _tuning = threading.RLock()
+_watching = threading.local()
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -63,9 +66,12 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
         options: constants of the kernel, and ``num_warps`` or ``num_stages``.
     """
     device = arguments[0].device
+    watcher = getattr(_watching, "watcher", None)
     with current(device):
         if not _builds(device):
             kernel[grid](*arguments, **options)
+            if watcher is not None:
+                watcher.launched(kernel, grid, arguments, options)
             return
         key = _key(kernel, device, arguments, options)
         built = _built.get(key)
@@ -75,9 +81,71 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
                 if len(_built) >= _MOST:
                     _built.clear()
                 _built[key] = _describe(kernel, compiled, len(arguments))
+            spoil()
             return
         size = grid(built.by_name) if callable(grid) else grid
         built.compiled[(*size, 1, 1)](*arguments, *built.behind)
+        if watcher is not None:
+            watcher.launched_built(built.compiled, size, (*arguments, *built.behind))
+
+
+# A kernel that was built, its grid, and its arguments, with addresses in the place of tensors.
+Again = Callable[[Any, tuple[int, int, int], list[Any]], None]
+
+
+def again(device: torch.device) -> Again:
+    """What launches kernels that were built on the current stream of ``device``, which is the current one."""
+    if not _builds(device):
+        return _never
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    hooks = _hooks()
+    # Chains of them, which may be empty.
+    enter, leave = (
+        hook if getattr(hook, "calls", True) else None
+        for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)
+    )
+
+    def launch(compiled: Any, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+        metadata = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
+        compiled.run(
+            *(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave),
+            *arguments,
+        )
+
+    return launch
+
+
+@functools.cache
+def _hooks() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def _never(compiled: Any, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+    raise AssertionError("kernels that are interpreted are not built")
+
+
+class Watcher(Protocol):
+    """Who is told of launches; see ``replay.py``."""
+
+    def launched(self, kernel: Any, grid: Any, arguments: Sequence[Any], options: dict[str, Any]) -> None: ...
+
+    def launched_built(self, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None: ...
+
+    def spoil(self) -> None: ...
+
+
+def watch(watcher: Watcher | None) -> None:
+    """Tell this one of what this thread launches from now on."""
+    _watching.watcher = watcher
+
+
+def spoil() -> None:
+    """Tell it that something happens which the next run does not do."""
+    watcher = getattr(_watching, "watcher", None)
+    if watcher is not None:
+        watcher.spoil()
 
 
 def _builds(device: torch.device) -> bool:

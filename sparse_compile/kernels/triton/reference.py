@@ -252,3 +252,20 @@ def largest(scores: Tensor, live: Tensor, k: int, tokens: int) -> tuple[Tensor, 
     slot = torch.where(dropped, k + torch.arange(n, device=scores.device) % tokens, n - 1)
     slot[kept] = torch.arange(len(kept), device=scores.device)
     return kept, slot, dropped
+
+
+def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_s parts_s, float32 [S, …], rounded to ``dtype``."""
+    return parts.sum(0).to(dtype)
+
+
+def renew_base(dy: Tensor, base: Tensor, sample: Tensor | None) -> bool:
+    """Renew P [T, O] from dY [N, O] in its place, by one sample, int64 [1], or by the mean over all, if that is
+    finite. Returns whether it is."""
+    per_sample = dy.reshape(-1, *base.shape)
+    new = per_sample.float().mean(0) if sample is None else per_sample[int(sample)]
+    new = new.to(base.dtype)
+    finite = bool(new.isfinite().all())
+    if finite:
+        base.copy_(new)
+    return finite

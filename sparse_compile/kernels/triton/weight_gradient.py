@@ -4,8 +4,8 @@ of reuse + Σ_t P_tᵀ · S_t.
 Each program makes one tile of dW and walks over the rows in the index buffer, up to the count that it reads
 on the device; then over the tokens t, of which P has a base row, and S the sum of the inputs whose rows are
 dropped (``base_inputs.py``). Where dW has too few tiles to fill the GPU, rows and tokens are dealt out among
-``splits`` programs a tile, each with a partial sum of its own in float32; those are added up afterwards, in
-the same order always. (Atomic adds into one dW would need no buffer, and give another rounding in every run.)
+``splits`` programs a tile, each with a partial sum of its own in float32; those are added up afterwards
+(``partial_sums.py``). (Atomic adds into one dW would need no buffer, and give another rounding in every run.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import choice
 from sparse_compile.kernels.triton import cdiv, launch, tiles
+from sparse_compile.kernels.triton.partial_sums import add_up
 
 _GROUP = 8
 # What a split is worth: fewer rows than this are not divided any further.
@@ -159,9 +160,10 @@ def weight_gradient(
     if splits is None:
         splits = _splits(height, width, len(kept) + tokens, dy.device)
     dtype = dy.dtype if splits == 1 else torch.float32
-    sums = torch.empty(splits, height, width, dtype=dtype, device=dy.device)
+    size = (height, width) if splits == 1 else (splits, height, width)
+    sums = torch.empty(size, dtype=dtype, device=dy.device)
     if sums.numel() == 0:
-        return sums[0]
+        return add_up(sums, dy.dtype) if splits > 1 else sums
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:
         return (cdiv(height, tile["BLOCK_M"]) * cdiv(width, tile["BLOCK_N"]), splits)
@@ -177,7 +179,7 @@ def weight_gradient(
         PRECISION=tiles.precision(dy.dtype),
         GROUP=_GROUP,
     )
-    return sums[0] if splits == 1 else sums.sum(0).to(dy.dtype)
+    return sums if splits == 1 else add_up(sums, dy.dtype)
 
 
 def _splits(height: int, width: int, rows: int, device: torch.device) -> int:

@@ -30,6 +30,7 @@ TYPES |= {"threshold": "*i32", "room": "*i64", "totals": "*i64", "counts": "*i32
 TYPES |= {"ones": "*i32", "mask": "*u8", "bits": "*i8", "dropped": "*i8"}
 TYPES |= {"scores": "*fp32", "weights": "*fp32", "ranks": "*i32", "above": "*i32", "tally": "*i64"}
 TYPES |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32"}
+TYPES |= {"sample": "*i64", "new": "*bf16", "finite": "*i8", "renewed": "*i64", "parts": "*fp32"}
 TYPES |= {"cap": "fp32", "flops": "i64", "given": "*i64"}
 
 
@@ -241,12 +242,22 @@ def products() -> Iterator[Job]:
 def others() -> Iterator[Job]:
     """Statistics, choosing rows, compaction, and the sums that go with a base; once more for sizes that are
     ones, and for any, on one GPU."""
-    from sparse_compile.kernels.triton import base_inputs, compaction, draw, largest, neighbours, row_stats
+    from sparse_compile.kernels.triton import (
+        base_inputs,
+        base_renewal,
+        compaction,
+        draw,
+        largest,
+        neighbours,
+        partial_sums,
+        row_stats,
+    )
 
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
     scored = {**block, "SMALLEST": row_stats.SMALLEST}
     drawn, by_draw = {"ROUNDS": draw.ROUNDS, "BLOCK": draw._BLOCK}, {"num_warps": draw._WARPS}
     summed = {"BLOCK_SAMPLES": base_inputs._SAMPLES, "BLOCK_COLUMNS": base_inputs._COLUMNS}
+    renewed = {"BLOCK_SAMPLES": base_renewal._SAMPLES, "BLOCK_COLUMNS": base_renewal._COLUMNS}
     chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
         ("row_stats", row_stats._row_stats, {**block, "BASED": False}, {}),
@@ -258,6 +269,10 @@ def others() -> Iterator[Job]:
         ("largest", largest._largest, largest.CONSTANTS, {"num_warps": largest._WARPS}),
         ("tally_rows", compaction._tally_rows, {"ZERO": True}, {"num_warps": 1}),
         ("sum_dropped", base_inputs._sum_dropped, summed, {}),
+        ("next_base", base_renewal._next_base, {**renewed, "MEAN": True}, {}),
+        ("next_base", base_renewal._next_base, {**renewed, "MEAN": False}, {}),
+        ("renew", base_renewal._renew, {"BLOCK": base_renewal._BLOCK}, {}),
+        ("add_up", partial_sums._add_up, {"BLOCK": partial_sums._BLOCK}, {}),
         ("keep_of_four", neighbours._keep_of_four, {"KEEP": 2, "BLOCK": neighbours._BLOCK}, {}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}, {"num_warps": 16}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": False}, {"num_warps": 16}),
