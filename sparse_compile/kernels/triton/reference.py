@@ -260,8 +260,8 @@ def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def renew_base(dy: Tensor, base: Tensor, sample: Tensor | None) -> bool:
-    """Renew P [T, O] from dY [N, O] in its place, by one sample, int64 [1], or by the mean over all, if that is
-    finite. Returns whether it is."""
+    """Renew P [T, O] from dY [N, O] in its place, by one sample, int64 [1], or by the mean over all, if that
+    is finite. Returns whether it is."""
     per_sample = dy.reshape(-1, *base.shape)
     new = per_sample.float().mean(0) if sample is None else per_sample[int(sample)]
     new = new.to(base.dtype)
