@@ -13,6 +13,7 @@ from sparse_compile.kernels.attention_cuda import CudaFused, Queries
 from sparse_compile.memory import Memories, Use
 from sparse_compile.methods import attention, exact, fidelity, sample
 from sparse_compile.methods.rows import number_kept
+from sparse_compile.plan import TOO_SMALL
 from sparse_compile.planned_attention import PlannedAttention
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
@@ -253,6 +254,8 @@ class AttentionSite(Site):
 
     def note(self, phase: Phase) -> str:
         method = phase.attention
+        if self.planned.too_small and not self.left_alone:
+            return TOO_SMALL
         if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
         if self._cannot(method):

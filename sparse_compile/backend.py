@@ -196,7 +196,7 @@ class SparseBackend:
         self._runtime.cuda_graphs = RECORDED if recorded else CALLED
         if recorded and why:
             self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}"
-        return None if why else PlannedCalls(set(parameters), device)
+        return None if why else PlannedCalls(set(parameters), device, recorded=recorded)
 
     def _check_schedule(self, root: nn.Module | None) -> None:
         if root is None or root in self._checked:

@@ -16,6 +16,7 @@ from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
 from sparse_compile.methods import exact, fidelity, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
+from sparse_compile.plan import TOO_SMALL
 from sparse_compile.planned_linear import PlannedLinear
 from sparse_compile.rotation import RotatedWeight
 from sparse_compile.schedule import Phase
@@ -210,6 +211,8 @@ class LinearSite(Site):
     def note(self, phase: Phase) -> str:
         if self.controller.saw_nothing(phase.step):
             return "nothing was measured: no batch had two samples or more, of as many rows each"
+        if self.planned.too_small and not self.left_alone:
+            return TOO_SMALL
         if phase.linear is not None and not self.held_back and not self._pays(phase.linear):
             what = "reuse" if isinstance(phase.linear, Reuse) else "sampling"
             return f"{what} would cost more than it saves at this size and share: only zero rows are skipped"
@@ -223,7 +226,7 @@ class LinearSite(Site):
 
     def _has_no_method(self, phase: Phase | None) -> bool:
         """Whether this step is exact here, whatever the gradient."""
-        if phase is None or phase.linear is None or self.held_back:
+        if phase is None or phase.linear is None or self.held_back or self.planned.too_small:
             return True
         return self._share(phase.linear) == 1.0 or not self._pays(phase.linear)
 

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sparse_compile.changes import changes
 from sparse_compile.device_forward import skipped
 from sparse_compile.kernels.choice import device_alone
 from sparse_compile.later import Later
 from sparse_compile.looks import Looks
 from sparse_compile.memory import Use
-from sparse_compile.replay import Programs
+from sparse_compile.replay import Programs, worth_launching
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.monitor import Monitor
@@ -40,7 +41,12 @@ from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 
 RECORDED = "ops are part of CUDA graphs"
-CALLED = 'ops are called one by one, which takes the host long: mode="reduce-overhead" records them'
+CALLED = 'ops are called one by one: where the host is the slower part, mode="reduce-overhead" records them'
+# Why a site is left dense.
+TOO_SMALL = (
+    "the host is slower to launch a few rows than a GPU to compute them all: no row is skipped; "
+    'mode="reduce-overhead" records what is launched'
+)
 NUMBERS = 4  # of each site, that change from step to step
 # Steps between two looks for rows that are zero, at most. They are looked for in all layers at once, or every
 # combination of layers would be a plan.
@@ -53,20 +59,6 @@ _FIRST = 1_000_003
 _numbers = itertools.count(_FIRST)
 _turns = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
-
-
-class _Changes:
-    """How often something changed that sites decide by and that no plan shows."""
-
-    number = 0
-
-
-_changes = _Changes()
-
-
-def changed() -> None:
-    """Something did: what an op of a plan found out when it ran, say."""
-    _changes.number += 1
 
 
 def refusal(schedule: Schedule, monitor: Monitor | None) -> str | None:
@@ -113,11 +105,13 @@ class Choice:
 
 class Seen(NamedTuple):
     """What the device has reported of a site: whether to skip rows that are zero, and those that no output
-    needs (as :class:`Choice` has it), and whether what it remembered last was finite."""
+    needs (as :class:`Choice` has it), whether what it remembered last was finite; and whether it is worth
+    launching anything for."""
 
     skip: int = 0
     skip_mask: int = 0
     finite: bool = True
+    worth: bool = True
 
 
 class Planned(Protocol):
@@ -135,8 +129,8 @@ class Planned(Protocol):
         """
         ...
 
-    def rows(self, use: Use, shapes: Hashable) -> int:
-        """How many rows it has, or 0: none has been seen yet."""
+    def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
+        """How many rows it has, or 0: none has been seen yet; and the FLOPs of its backward."""
         ...
 
     def age(self, use: Use, shapes: Hashable) -> int | None:
@@ -159,8 +153,8 @@ class NotPlanned:
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         return Choice()
 
-    def rows(self, use: Use, shapes: Hashable) -> int:
-        return 0
+    def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
+        return 0, 0
 
     def age(self, use: Use, shapes: Hashable) -> int | None:
         return None
@@ -254,7 +248,8 @@ class Case:
         looks: when rows that are zero are counted.
         skipped: which are skipped: skip and skip_mask of each site.
         plans: by what each site does in it.
-        rows: how many each site has, and at which change that was found.
+        sizes: how many rows each site has, and whether they are worth launching anything for; and at which
+            change that was found.
         settled: the last plan, and what it was decided by; where that is the same again, so is the plan.
     """
 
@@ -263,7 +258,7 @@ class Case:
         self.looks = Looks(_LONGEST_PAUSE)
         self.skipped: list[tuple[int, int]] | None = None
         self.plans: dict[tuple[Choice, ...], Plan] = {}
-        self.rows: tuple[int, list[int]] | None = None
+        self.sizes: tuple[int, list[tuple[int, bool]]] | None = None
         self.settled: tuple[Hashable, Plan] | None = None
 
 
@@ -279,16 +274,18 @@ class Planner:
         self._sites = sites
         self._calls = calls
         self._cases: dict[Hashable, Case] = {}
-        self._skipped: list[tuple[int, int]] = [(0, 0)] * len(sites)  # in the step before
+        self._before = [Seen()] * len(sites)  # in the last step
         self._device: torch.device | None = None
         self._adopted: list[Plan] = []  # which are recorded under their numbers, whatever else comes up
 
-    def plan(self, phase: Phase, lane: int, shapes: Hashable, device: torch.device) -> Plan:
-        """The plan of a step that is about to begin."""
+    def plan(
+        self, phase: Phase, lane: int, shapes: Hashable, device: torch.device, *, recorded: bool = True
+    ) -> Plan:
+        """The plan of a step that is about to begin. ``recorded``: as CUDA graphs."""
         case = self._case(lane, shapes, device)
         look = case.looks.due()
         uses: list[Use] = [(call, lane) for call in self._calls]
-        seen, decided_by = self._what_is_known(case, phase, uses, shapes)
+        seen, decided_by = self._what_is_known(case, phase, uses, shapes, recorded)
         if case.settled is None or look or device != self._device or case.settled[0] != decided_by:
             choices = self._choose(case, phase, uses, shapes, device, look, seen)
             if choices not in case.plans:
@@ -300,7 +297,7 @@ class Planner:
         """Decide for a plan that was made before the graph was known."""
         case = self._case(lane, plan.shapes, device)
         uses: list[Use] = [(call, lane) for call in self._calls]
-        seen, _ = self._what_is_known(case, phase, uses, plan.shapes)
+        seen, _ = self._what_is_known(case, phase, uses, plan.shapes, True)
         choices = self._choose(case, phase, uses, plan.shapes, device, case.looks.due(), seen)
         self._complete(plan, case, choices, uses)
         self._adopted.append(plan)
@@ -316,23 +313,24 @@ class Planner:
         case.plans[choices] = plan
 
     def _what_is_known(
-        self, case: Case, phase: Phase, uses: Sequence[Use], shapes: Hashable
+        self, case: Case, phase: Phase, uses: Sequence[Use], shapes: Hashable, recorded: bool
     ) -> tuple[list[Seen], Hashable]:
         """What was seen of each site, and all that it is decided by what they do."""
-        if case.rows is None or case.rows[0] != _changes.number:
-            found = [site.planned.rows(use, shapes) for site, use in zip(self._sites, uses, strict=True)]
-            case.rows = _changes.number, found
+        if case.sizes is None or case.sizes[0] != changes():
+            found = [site.planned.size(use, shapes) for site, use in zip(self._sites, uses, strict=True)]
+            worth = [recorded or worth_launching(flops) for _, flops in found]
+            case.sizes = changes(), [(n, fits) for (n, _), fits in zip(found, worth, strict=True)]
         seen = [
             # Of other batches, where none of these sizes was seen yet.
-            Seen(skipped(alive, n), skipped(needed, n), finite == 1) if n else Seen(*before)
-            for (alive, needed, finite), n, before in zip(
-                case.status.seen(), case.rows[1], self._skipped, strict=True
+            Seen(skipped(alive, n), skipped(needed, n), finite == 1, worth) if n else before
+            for (alive, needed, finite), (n, worth), before in zip(
+                case.status.seen(), case.sizes[1], self._before, strict=True
             )
         ]
         ages = None
         if isinstance(phase.linear, Reuse) or isinstance(phase.attention, Reuse):
             ages = [site.planned.age(use, shapes) for site, use in zip(self._sites, uses, strict=True)]
-        return seen, (phase.linear, phase.attention, phase.blocks, seen, ages, _changes.number)
+        return seen, (phase.linear, phase.attention, phase.blocks, seen, ages, changes())
 
     def _choose(
         self,
@@ -360,7 +358,10 @@ class Planner:
                 dataclasses.replace(choice, skip=skip if choice.look else 0, skip_mask=mask)
                 for choice, (skip, mask) in zip(choices, case.skipped, strict=True)
             ]
-        self._skipped = case.skipped
+        self._before = [
+            Seen(choice.skip, choice.skip_mask, worth=of_it.worth)
+            for choice, of_it in zip(choices, seen, strict=True)
+        ]
         return tuple(choices)
 
     def forget(self) -> None:
@@ -392,15 +393,17 @@ class PlannedCalls:
     Args:
         parameters: positions of its parameters among its inputs: their sizes do not change.
         device: the GPU of its inputs.
+        recorded: whether it is recorded as CUDA graphs.
 
     Attributes:
         graphs: which graph it runs, for each model and place there that it was called for.
     """
 
-    def __init__(self, parameters: Collection[int], device: torch.device) -> None:
+    def __init__(self, parameters: Collection[int], device: torch.device, *, recorded: bool = True) -> None:
         self._parameters = frozenset(parameters)
         self._batch: list[int] | None = None
         self.device = device
+        self.recorded = recorded
         self._first: dict[Hashable, Plan] = {}
         self.graphs: dict[tuple[int, str], int] = {}
 

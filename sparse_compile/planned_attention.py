@@ -50,6 +50,7 @@ class PlannedAttention:
         self.memory = PlannedMemory()
         self._seen: dict[tuple[int, Hashable], Backward] = {}
         self.device: DeviceAttention | None = None
+        self.too_small = False  # to launch anything for
         self._tally = Tally()
         self._counts = Counts()
 
@@ -58,10 +59,10 @@ class PlannedAttention:
         """Whether a backward was planned."""
         return bool(self._seen)
 
-    def rows(self, use: Use, shapes: Hashable) -> int:
+    def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
         """See :class:`plan.Planned`."""
         last = self._seen.get((use[0], shapes))
-        return 0 if last is None else last.shape[0] * last.shape[2]
+        return (0, 0) if last is None else (last.shape[0] * last.shape[2], last.flops)
 
     def age(self, use: Use, shapes: Hashable) -> int | None:
         """See :class:`plan.Planned`."""
@@ -70,9 +71,11 @@ class PlannedAttention:
 
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
-        last = self._seen.get((use[0], shapes))
+        last, self.too_small = self._seen.get((use[0], shapes)), not seen.worth
         if self._site.left_alone:
             return Choice(left_alone=True)
+        if self.too_small:
+            return Choice()
         if last is None:
             # Whether what needs sizes is done, is not known yet; to draw rows needs none.
             asked = None if self._site.held_back else phase.attention

@@ -28,9 +28,9 @@ class PlannedBlock:
         self._tally = tally
         self._counts = Counts()
 
-    def rows(self, use: Use, shapes: Hashable) -> int:
+    def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
         """See :class:`plan.Planned`."""
-        return 0
+        return 0, 0
 
     def age(self, use: Use, shapes: Hashable) -> int | None:
         """See :class:`plan.Planned`."""

@@ -53,6 +53,7 @@ class PlannedLinear:
         self.memory = PlannedMemory()
         self._sizes: dict[tuple[int, Hashable], Sizes] = {}
         self.device: DeviceLinear | None = None
+        self.too_small = False  # to launch anything for
         self._tally = Tally()
         self._counts = Counts()
 
@@ -61,10 +62,10 @@ class PlannedLinear:
         """Whether a backward was planned."""
         return bool(self._sizes)
 
-    def rows(self, use: Use, shapes: Hashable) -> int:
+    def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
         """See :class:`plan.Planned`."""
         sizes = self._sizes.get((use[0], shapes))
-        return 0 if sizes is None else sizes.n
+        return (0, 0) if sizes is None else (sizes.n, 4 * sizes.n * sizes.inputs * sizes.outputs)
 
     def age(self, use: Use, shapes: Hashable) -> int | None:
         """See :class:`plan.Planned`."""
@@ -73,9 +74,11 @@ class PlannedLinear:
 
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
-        site, sizes = self._site, self._sizes.get((use[0], shapes))
+        site, sizes, self.too_small = self._site, self._sizes.get((use[0], shapes)), not seen.worth
         if site.left_alone:
             return Choice(left_alone=True)
+        if self.too_small:
+            return Choice()
         if sizes is None:
             # Whether what needs sizes is done, is not known yet; to draw rows needs none.
             method = None if site.held_back or not isinstance(phase.linear, Reuse | Sample) else phase.linear

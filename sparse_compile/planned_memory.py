@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from sparse_compile.changes import changed
 from sparse_compile.memory import Use
 from sparse_compile.methods.rows import wide
-from sparse_compile.plan import changed
 
 Sizes = tuple[int, ...]  # the lengths of the sequences it is of
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparse_compile import plan as plans
 from sparse_compile import runtime
+from sparse_compile.changes import changed
 from sparse_compile.device_forward import DeviceForward, Needed
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels import linear as kernel
@@ -115,7 +116,7 @@ def _replayed(op: str) -> Callable[[Callable[..., Any]], None]:
                     others.append(each)
 
             def launch() -> Any:
-                plans.changed()
+                changed()
                 return function(control, known, *arguments)
 
             return known.programs.run(tuple(others), inputs, launch)

@@ -12,6 +12,7 @@ here: launches depend on the plan, and on sizes and strides of what an op is giv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from sparse_compile.changes import changed
 from sparse_compile.kernels.triton import launcher
 
 # Runs of an op in which kernels were still built or timed, after which it is not watched any more.
 _ATTEMPTS = 4
 _ALIGNED = 512  # bytes, as PyTorch's allocator does it
 _TIMED = 8  # runs of a program whose time is taken
+_PROGRAMS = 16  # of this many programs, which launch several kernels
+_SEVERAL = 4
+# FLOPs of dense products in a second, by a large GPU.
+_RATE = 5e14
 
 _aten = torch.ops.aten
 _EMPTY = (
@@ -70,6 +76,11 @@ class Operand:
         return root.as_strided(self.shape, self.stride, at)
 
 
+def _operands(value: Any) -> Iterator[Operand]:
+    """Those in an argument."""
+    return (each for each in tree_flatten(value)[0] if isinstance(each, Operand))
+
+
 def _within(value: Any, roots: Sequence[Tensor]) -> Any:
     """An argument, whose operands are tensors again."""
     if isinstance(value, Operand):
@@ -85,10 +96,19 @@ class Call:
     arguments: list[Any]  # with an Operand for each tensor
     named: dict[str, Any]
     results: list[tuple[int, int]]  # position among the results, root
+    _places: list[int] = dataclasses.field(init=False)  # of arguments that hold operands
+    _names: list[str] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self._places = [i for i, each in enumerate(self.arguments) if any(_operands(each))]
+        self._names = [name for name, each in self.named.items() if any(_operands(each))]
 
     def run(self, roots: list[Any], addresses: list[int]) -> None:
-        arguments = [_within(each, roots) for each in self.arguments]
-        named = {name: _within(each, roots) for name, each in self.named.items()} if self.named else {}
+        arguments, named = self.arguments.copy(), self.named.copy() if self._names else self.named
+        for place in self._places:
+            arguments[place] = _within(arguments[place], roots)
+        for name in self._names:
+            named[name] = _within(named[name], roots)
         out = self.function(*arguments, **named)
         for position, root in self.results:
             result = roots[root] = out[position] if isinstance(out, list | tuple) else out
@@ -203,6 +223,10 @@ class Recorder(TorchDispatchMode):
         x, y, z = (*grid, 1, 1)[:3]
         self.steps.append(BuiltLaunch(compiled, (x, y, z), self._named(arguments), []))
 
+    def aside(self) -> contextlib.AbstractContextManager[Any]:
+        """In which nothing is seen: what interprets a kernel calls ATen, too."""
+        return _disable_current_modes()
+
     def spoil(self) -> None:
         """Called when something was built or timed, which the next run does not do."""
         self.complete = False
@@ -217,6 +241,16 @@ def _whole(root: int, tensor: Tensor) -> Operand:
 
 def _share(one: Tensor, other: Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+_seconds: list[float] = []  # of the host, to run the programs that were timed
+
+
+def worth_launching(flops: float) -> bool:
+    """Whether a GPU has dense products of so many FLOPs to do for as long as the host needs to launch several
+    kernels in their place. Where it has not, to launch them would make a step longer, however little they
+    have to do. (True until the host was timed; and a CUDA graph takes it no time.)"""
+    return len(_seconds) < _PROGRAMS or flops > min(_seconds) * _RATE
 
 
 class Program:
@@ -263,8 +297,7 @@ class Program:
         yield from self._outputs
         for step in self._steps:
             if isinstance(step, Call):
-                given = tree_flatten((step.arguments, step.named))[0]
-                yield from (each for each in given if isinstance(each, Operand))
+                yield from _operands((step.arguments, step.named))
 
     def _lay_out(self, buffers: Sequence[Buffer]) -> None:
         """Put buffers that kernels alone use into one, the last root."""
@@ -298,9 +331,17 @@ class Program:
         with launcher.current(self._device):
             outputs = self._run(inputs, addresses)
         if self._timed < _TIMED:
-            self._timed += 1
-            self.seconds = min(self.seconds, time.perf_counter() - start)
+            self._time(time.perf_counter() - start)
         return outputs[0] if self._single else outputs
+
+    def _time(self, seconds: float) -> None:
+        """Note what a run took. (One may wait for a GPU that is far behind; not the shortest of them all.)"""
+        self._timed += 1
+        self.seconds = min(self.seconds, seconds)
+        several = len(self._steps) >= _SEVERAL and self._device.type == "cuda"
+        if self._timed == _TIMED and several and len(_seconds) < _PROGRAMS:
+            _seconds.append(self.seconds)
+            changed()
 
     def _run(self, inputs: Sequence[Tensor], addresses: list[int]) -> list[Tensor]:
         roots, device = self._roots.copy(), self._device

@@ -179,7 +179,7 @@ class Runtime:
             return calls.first(shapes)
         graph = self._graphs[number]
         lane = graph.lanes.next(self.clock.step)
-        return graph.planner.plan(self.clock.phase, lane, shapes, calls.device)
+        return graph.planner.plan(self.clock.phase, lane, shapes, calls.device, recorded=calls.recorded)
 
     def begin(self, token: Token, plan: Plan, calls: PlannedCalls, owner: Owner) -> None:
         """A forward of a plan begins, which may be the first of its graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from sparse_compile import (
     plan,
     planned_attention,
     planned_linear,
+    replay,
     sparse_backend,
 )
 from sparse_compile.kernels import choice, on_device
@@ -90,6 +92,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(planned_attention, "WORTH_LOOKING", 0)
     monkeypatch.setattr(device_attention, "WORTH_LOOKING", 0)
+    monkeypatch.setattr(replay, "_PROGRAMS", math.inf)  # or the host would be found too slow for small layers
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: list(candidates)[-1])
 
 

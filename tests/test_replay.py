@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile import replay
+from sparse_compile import changes, plan, replay
 from sparse_compile.device_forward import DeviceForward
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels.triton import launcher
@@ -228,3 +228,39 @@ def test_from_the_third_step_of_a_plan_on_no_site_is_asked(
         theirs = [other() for _ in range(2)]
     for one, another in zip(mine, theirs, strict=True):
         close(one, another)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu", "cuda_attention_on_cpu")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_where_the_host_is_slower_nothing_is_launched(
+    recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a CUDA graph, which the host does not launch."""
+    run = Run(SCHEDULES["sample"], monkeypatch, mode="reduce-overhead" if recorded else None)
+    for _ in range(3):
+        run()
+    monkeypatch.setattr(plan, "worth_launching", lambda flops: flops > 4 * 18 * 16 * 16)
+    changes.changed()
+    step = run.plan_of_a_step()
+    reasons = {row.name: row.reason for row in run.backend.report().sites}
+    for site, chosen in zip(step.sites, step.choices, strict=True):
+        large = recorded or site.name == "layers.1.qkv"
+        assert (chosen.method is not None) == large, site.name
+        assert (plan.TOO_SMALL in reasons[site.name]) == (not large)
+
+
+def test_the_host_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the shortest run of some programs of several kernels; of a GPU alone."""
+    monkeypatch.setattr(replay, "_seconds", [2e-4] * (replay._PROGRAMS - 1))
+    assert replay.worth_launching(1)
+
+    def op(x: Tensor, y: Tensor) -> Tensor:
+        return x.mul(y).add(y).mul(x).sub(y)
+
+    program = recorded(op, *two())
+    for seconds in (3e-4, 1e-4, *[2e-4] * (replay._TIMED - 2)):
+        program._time(seconds)
+    assert len(replay._seconds) == replay._PROGRAMS - (DEVICE.type != "cuda")
+    replay._seconds[:] = [2e-4] * (replay._PROGRAMS - 1) + [1e-4]
+    assert replay.worth_launching(1.01e-4 * replay._RATE)
+    assert not replay.worth_launching(0.99e-4 * replay._RATE)

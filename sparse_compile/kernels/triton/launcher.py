@@ -69,7 +69,8 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
     watcher = getattr(_watching, "watcher", None)
     with current(device):
         if not _builds(device):
-            kernel[grid](*arguments, **options)
+            with contextlib.nullcontext() if watcher is None else watcher.aside():
+                kernel[grid](*arguments, **options)
             if watcher is not None:
                 watcher.launched(kernel, grid, arguments, options)
             return
@@ -132,6 +133,8 @@ class Watcher(Protocol):
     def launched(self, kernel: Any, grid: Any, arguments: Sequence[Any], options: dict[str, Any]) -> None: ...
 
     def launched_built(self, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None: ...
+
+    def aside(self) -> contextlib.AbstractContextManager[Any]: ...
 
     def spoil(self) -> None: ...
 
