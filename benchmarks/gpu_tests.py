@@ -17,8 +17,11 @@ import from_source
 ROOT = from_source.ROOT
 TESTS = (
     "tests/test_plan.py",
+    "tests/test_replay.py",
     "tests/kernels/triton/test_products.py",
     "tests/kernels/triton/test_base_inputs.py",
+    "tests/kernels/triton/test_base_renewal.py",
+    "tests/kernels/triton/test_partial_sums.py",
     "tests/kernels/triton/test_attention.py",
     "tests/kernels/triton/test_row_stats.py",
     "tests/kernels/triton/test_pack.py",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile import Phase, Reuse, Sample, Schedule, device_linear
+from sparse_compile import Phase, Reuse, Sample, Schedule, SparseBackend, device_linear
 from sparse_compile.kernels import linear as aten
 from sparse_compile.kernels import on_device
 from sparse_compile.linear_site import LinearSite
@@ -66,6 +66,11 @@ def nothing_waits() -> Iterator[None]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
+
+
+def ops_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a schedule cannot be planned ahead; see ``sparse_compile/plan.py``."""
+    monkeypatch.setattr(SparseBackend, "_planned_calls", lambda *_: None)
 
 
 def written(gradients: tuple[aten.DistinctRows | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

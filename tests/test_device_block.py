@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_linear import drawn_as_on_a_gpu, nothing_waits
+from cuda_linear import drawn_as_on_a_gpu, nothing_waits, ops_are_called
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -96,6 +96,7 @@ def test_training_a_model(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(on_device, "usable", lambda _: True)
     monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ops_are_called(monkeypatch)
     torch.manual_seed(0)
 
     class Block(torch.nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_linear import nothing_waits
+from cuda_linear import nothing_waits, ops_are_called
 from padded import CASES
 from sparse_compile.passes import forward, linear
 from test_unneeded import LENGTH, PRODUCT, ROWS, TOKENS, UNNEEDED, Net, batch, sites
@@ -20,10 +20,12 @@ pytest.importorskip("triton")
 from sparse_compile import Reuse, Sample, Schedule, SparseBackend, device_linear, sparse_backend
 from sparse_compile.device_forward import DeviceForward, Needed
 from sparse_compile.kernels import choice, on_device
+from sparse_compile.planned_linear import PlannedLinear
 from sparse_compile.runtime import NO_TOKEN
 
 ops = torch.ops.sparse_compile
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+planned_calls = SparseBackend._planned_calls
 SOME = ("first token", "some tokens", "mean of tokens", "next token, padded left", "two sequences")
 
 
@@ -40,7 +42,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "usable", lambda x: x.dtype == torch.float32)
     monkeypatch.setattr(on_device, "available", lambda device: True)
     monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
-    monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    monkeypatch.setattr(choice, "fastest", lambda key, candidates: list(candidates)[-1])
+    ops_are_called(monkeypatch)
 
 
 def gradients(model: torch.nn.Module, run: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -76,22 +79,25 @@ def eager(model: Net) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_models(name: str, device: torch.device) -> None:
+@pytest.mark.parametrize("form", ["default", "planned"])
+def test_models(name: str, form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients, with many of the forward's rows left out; in the first step and in later ones."""
+    if form == "planned":
+        monkeypatch.setattr(SparseBackend, "_planned_calls", planned_calls)
     build, batch = CASES[name]
     model = build().float().to(device)
     inputs = {key: value.to(device) for key, value in batch().items()}
     wanted = gradients(model, model, inputs)
     backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
     compiled = torch.compile(model, backend=backend)
-    for _ in range(2):
+    for _ in range(2 if form == "default" else 5):
         for ours, truth in zip(gradients(model, compiled, inputs), wanted, strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
     report = backend.report()
     graph = backend.graphs[0].after
-    linears = graph.count("sparse_compile.linear_forward_rows.default(")
+    linears = graph.count(f"sparse_compile.linear_forward_rows.{form}(")
     assert linears >= 4
-    assert 1 <= graph.count("sparse_compile.needed_slots.default(") < linears, "masks are shared"
+    assert 1 <= graph.count(f"sparse_compile.needed_slots.{form}(") < linears, "masks are shared"
     assert "sparse_compile.linear_forward.default(" not in graph
     left_out = [site for site in report.sites if site.rows_unneeded]
     assert len(left_out) >= 4
@@ -278,6 +284,23 @@ def test_through_inductor(device: torch.device) -> None:
     found, backend = train(Schedule.exact(), model, compiler="inductor")
     torch.testing.assert_close(found, wanted)
     assert sites(backend)["up"].rows_unneeded == UNNEEDED
+
+
+def test_planned_and_through_inductor(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And replayed: in the last of these steps, no layer is asked what to launch."""
+    monkeypatch.setattr(SparseBackend, "_planned_calls", planned_calls)
+    model = net()
+    wanted = eager(copy.deepcopy(model))
+    backend = sparse_backend(Schedule.exact())
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(6):
+        torch.testing.assert_close(one_step(compiled, model), wanted)
+    asked: list[object] = []
+    monkeypatch.setattr(DeviceForward, "linear", lambda *given, **_: asked.append(given))
+    monkeypatch.setattr(PlannedLinear, "launch", lambda *given, **_: asked.append(given))
+    torch.testing.assert_close(one_step(compiled, model), wanted)
+    assert not asked
+    assert sites(backend)["up"].rows_unneeded == 5 * UNNEEDED
 
 
 @pytest.mark.skipif(

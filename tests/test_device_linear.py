@@ -17,6 +17,7 @@ from cuda_linear import (
     batch,
     drawn_as_on_a_gpu,
     nothing_waits,
+    ops_are_called,
     written,
 )
 from torch import Tensor
@@ -84,6 +85,7 @@ def test_what_the_device_counted_reaches_the_report(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., OnDevice]
 ) -> None:
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ops_are_called(monkeypatch)
     ours = run()
     for step in range(3):
         ours(*batch(step, 0.5), tokens=TOKENS, phase=at(None), dw_transposed=False)
@@ -110,6 +112,7 @@ def test_zero_rows_are_counted_once_where_one_gradient_is_sampled(
 ) -> None:
     """The norms tell them, and so does what skips them in the other gradient."""
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ops_are_called(monkeypatch)
     ours = run()
     for step in range(3):
         ours(*batch(step, 0.5), tokens=TOKENS, phase=at(METHODS["sample dW"]), dw_transposed=False)
@@ -159,6 +162,7 @@ def test_looks_for_zero_rows_become_rare_where_there_are_none(
     look = on_device.live_rows
     monkeypatch.setattr(on_device, "live_rows", lambda dy: looks.append(step) or look(dy))
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ops_are_called(monkeypatch)
     ours = run()
     for step in range(40):
         ours(*batch(step, 0.0), tokens=TOKENS, phase=at(None), dw_transposed=False)
@@ -191,6 +195,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
     monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
     monkeypatch.setattr(choice, "fastest", lambda key, candidates: "triton")
+    ops_are_called(monkeypatch)
 
 
 @pytest.mark.parametrize("gradients", ["dX dW", "dX", "dW"])

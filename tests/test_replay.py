@@ -198,14 +198,14 @@ def test_nobody_is_watched_afterwards() -> None:
     assert not recorder.steps
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["exact", "sample", "reuse, sample", "blocks"])
 @pytest.mark.usefixtures("as_on_a_gpu", "cuda_attention_on_cpu")
 def test_from_the_third_step_of_a_plan_on_no_site_is_asked(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its gradients stay the same: those of a run in which none is replayed."""
     run = Run(SCHEDULES[name], monkeypatch)
-    for _ in range(12):
+    for _ in range(8):
         run()
 
     def asked(*_: Any, **__: Any) -> Any:
@@ -218,12 +218,12 @@ def test_from_the_third_step_of_a_plan_on_no_site_is_asked(
         patch.setattr(on_device, "needed_slots", asked)
         mine = [run() for _ in range(2)]
     ops = {step for each in run.plans[-1].programs.found.values() for step in map(type, each._steps)}
-    assert Launch in ops or name == "left alone"
+    assert Launch in ops
     torch._dynamo.reset()
     with monkeypatch.context() as patch:
         patch.setattr(Programs, "run", lambda self, key, inputs, launch: launch())
         other = Run(SCHEDULES[name], monkeypatch)
-        for _ in range(12):
+        for _ in range(8):
             other()
         theirs = [other() for _ in range(2)]
     for one, another in zip(mine, theirs, strict=True):
