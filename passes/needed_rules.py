@@ -324,13 +324,19 @@ def _products(known: Known, node: Node, mask: Mask) -> Needs:
         yield a, rows
 
 
-@_of_several(aten._scaled_dot_product_flash_attention_for_cpu.default)
+@_of_several(
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 def _of_fused_attention(known: Known, node: Node, index: int, mask: Mask) -> Needs:
     given = g.arguments(node)
     query, key = given["query"], given["key"]
+    bias = given.get("attn_mask", given.get("attn_bias"))
     rows = known.masks.any_over(mask, [3])
-    keys = visible.keys_of_fused(known.masks, rows, query, key, given["attn_mask"], causal=given["is_causal"])
-    yield from ((query, rows), (key, keys), (given["value"], keys), (given["attn_mask"], ALL))
+    keys = visible.keys_of_fused(known.masks, rows, query, key, bias, causal=given["is_causal"])
+    yield from ((query, rows), (key, keys), (given["value"], keys), (bias, ALL))
 
 
 @_of_several(aten.nll_loss_forward.default)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_attention import FORMS, attend, cuda_attention_on_cpu  # noqa: F401
 from cuda_linear import nothing_waits, ops_are_called
 from padded import CASES
 from sparse_compile.passes import forward, linear
@@ -103,6 +104,41 @@ def test_models(name: str, form: str, device: torch.device, monkeypatch: pytest.
     assert len(left_out) >= 4
     assert report.totals["flops_forward"] < 0.9 * report.totals["flops_forward_dense"]
     assert report.totals["flops_backward"] < 0.9 * report.totals["flops_backward_dense"]
+
+
+class Attending(nn.Module):
+    """One attention by an op of CUDA; the loss reads the first tokens, which see no others."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out, self.head = (nn.Linear(16, 16) for _ in range(5))
+        self.form = form
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        heads = [each(x).unflatten(2, (2, 8)).transpose(1, 2) for each in (self.query, self.key, self.value)]
+        causal = self.form == "flash"  # which has no mask
+        y = attend(self.form, *heads, mask=None if causal else mask.clone(), is_causal=causal)
+        loss: torch.Tensor = self.head(self.out(y.transpose(1, 2).flatten(2)))[:, :4].square().sum()
+        return loss
+
+
+@pytest.mark.usefixtures("cuda_attention_on_cpu")
+@pytest.mark.parametrize("form", FORMS)
+def test_what_no_query_sees_is_not_computed(form: str) -> None:
+    """By what is fused on CUDA, of all whose results are not read, queries, keys and values."""
+    if DEVICE.type == "cuda" and form != "efficient":
+        pytest.skip("takes no float32")
+    torch.manual_seed(3)
+    model, x = Attending(form).to(DEVICE), torch.randn(3, 16, 16, device=DEVICE)
+    mask = torch.zeros(3, 2, 16, 16, device=DEVICE).masked_fill(
+        torch.arange(16, device=DEVICE) > 3, -torch.inf
+    )
+    wanted = gradients(model, model, {"x": x, "mask": mask})
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
+    found = gradients(model, torch.compile(model, backend=backend), {"x": x, "mask": mask})
+    torch.testing.assert_close(found, wanted)
+    unneeded = {site.name: site.rows_unneeded for site in backend.report().sites if site.kind == "linear"}
+    assert unneeded == dict.fromkeys(("query", "key", "value", "out", "head"), 3 * 12)
 
 
 def test_what_no_loop_reads_is_written_out_by_the_op(device: torch.device) -> None:

@@ -231,10 +231,12 @@ def draw(scores: Tensor, k: int, cap: float | None, numbers: Draw) -> Rows:
     """k rows drawn at random by ``scores`` [N], none negative: :func:`methods.sample.rows`, whose weights are
     1 where no more than k have a score, and not a number where a score is not finite."""
     if not bool(scores.sum().isfinite()):
-        kept = torch.arange(k)
-        return Rows(kept, scale=torch.full((k,), torch.nan))
+        kept = torch.arange(k, device=scores.device)
+        return Rows(kept, scale=torch.full((k,), torch.nan, device=scores.device))
     found = sample_rows(scores, k, cap, numbers)
-    return found if found.scale is not None else Rows(found.kept, scale=torch.ones(len(found.kept)))
+    if found.scale is not None:
+        return found
+    return Rows(found.kept, scale=torch.ones_like(found.kept, dtype=torch.float32))
 
 
 def largest(scores: Tensor, live: Tensor, k: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
