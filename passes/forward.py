@@ -27,6 +27,7 @@ from sparse_compile.passes.linear import NO_SITE
 from sparse_compile.passes.masks import Masks
 from sparse_compile.passes.needed import rows_needed
 from sparse_compile.passes.readers import read_by_loops
+from sparse_compile.passes.shared_masks import shared
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
@@ -112,7 +113,9 @@ def _rewrite_on_gpu(
     """The ops that were put in for linears with a mask in ``needed``, and the op of the backward of each."""
     ops = {}
     slots: dict[Node, list[Node]] = {}
-    for product, mask in needed.items():
+    stands_for = shared(needed.values())
+    for product, own_mask in needed.items():
+        mask = stands_for[own_mask]
         if mask not in slots:
             with graph.inserting_after(mask):
                 made = g.call(

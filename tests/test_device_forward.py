@@ -98,7 +98,7 @@ def test_models(name: str, form: str, device: torch.device, monkeypatch: pytest.
     graph = backend.graphs[0].after
     linears = graph.count(f"sparse_compile.linear_forward_rows.{form}(")
     assert linears >= 4
-    assert 1 <= graph.count(f"sparse_compile.needed_slots.{form}(") < linears, "masks are shared"
+    assert 1 <= graph.count(f"sparse_compile.needed_slots.{form}(") <= linears // 2, "masks are shared"
     assert "sparse_compile.linear_forward.default(" not in graph
     left_out = [site for site in report.sites if site.rows_unneeded]
     assert len(left_out) >= 4
