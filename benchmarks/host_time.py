@@ -99,10 +99,10 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """In a process whose CUDA launches nothing."""
     from presets import PRESETS
 
-    from sparse_compile import plan, sparse_backend
+    from sparse_compile import planner, sparse_backend
     from sparse_compile.kernels import choice
 
-    plan.worth_launching = lambda flops: True
+    planner.worth_launching = lambda flops: True
     choice.fastest = lambda key, candidates: list(candidates)[-1]
     torch.backends.cuda.enable_cudnn_sdp(False)  # there is no null cuDNN
     preset = PRESETS["bert-base" if options.model == "bert" else "llama-small"]

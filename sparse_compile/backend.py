@@ -23,7 +23,8 @@ from sparse_compile import planned_ops as _planned_ops  # noqa: F401
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.kernels import on_device
 from sparse_compile.passes import graph as graph_tools
-from sparse_compile.plan import CALLED, RECORDED, PlannedCalls, refusal
+from sparse_compile.plan import CALLED, RECORDED, refusal
+from sparse_compile.planner import PlannedCalls
 from sparse_compile.report import Report, make_report
 from sparse_compile.rotation import Rotation
 from sparse_compile.runtime import Runtime

@@ -31,7 +31,8 @@ from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
 from sparse_compile.naming import NamedInput, Owner
-from sparse_compile.plan import Plan, PlannedCalls, Planner
+from sparse_compile.plan import Plan
+from sparse_compile.planner import PlannedCalls, Planner
 from sparse_compile.rotation import Rotation
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor

@@ -28,9 +28,9 @@ from sparse_compile import (
     sparse_backend,
 )
 from sparse_compile.kernels import choice, on_device
-from sparse_compile.plan import Planner
 from sparse_compile.planned_block import PlannedBlock
 from sparse_compile.planned_linear import PlannedLinear
+from sparse_compile.planner import Planner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SAMPLES, TOKENS, WIDTH = 3, 6, 16

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sparse_compile import changes, plan, replay
+from sparse_compile import changes, plan, planner, replay
 from sparse_compile.device_forward import DeviceForward
 from sparse_compile.kernels import choice, on_device
 from sparse_compile.kernels.triton import launcher
@@ -239,7 +239,7 @@ def test_where_the_host_is_slower_nothing_is_launched(
     run = Run(SCHEDULES["sample"], monkeypatch, mode="reduce-overhead" if recorded else None)
     for _ in range(3):
         run()
-    monkeypatch.setattr(plan, "worth_launching", lambda flops: flops > 4 * 18 * 16 * 16)
+    monkeypatch.setattr(planner, "worth_launching", lambda flops: flops > 4 * 18 * 16 * 16)
     changes.changed()
     step = run.plan_of_a_step()
     reasons = {row.name: row.reason for row in run.backend.report().sites}
