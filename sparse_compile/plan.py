@@ -94,13 +94,14 @@ class Choice:
 
 class Seen(NamedTuple):
     """What the device has reported of a site: whether to skip rows that are zero, and those that no output
-    needs (as :class:`Choice` has it), whether what it remembered last was finite; and whether it is worth
-    launching anything for."""
+    needs (as :class:`Choice` has it), whether what it remembered last was finite; whether it is worth
+    launching anything for; and whether its forward makes a mask, as far as is known."""
 
     skip: int = 0
     skip_mask: int = 0
     finite: bool = True
     worth: bool = True
+    makes_mask: bool = True
 
 
 class Planned(Protocol):

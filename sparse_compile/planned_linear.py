@@ -75,10 +75,10 @@ class PlannedLinear:
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
         site, sizes, self.too_small = self._site, self._sizes.get((use[0], shapes)), not seen.worth
-        if site.left_alone:
-            return Choice(left_alone=True)
-        if self.too_small:
-            return Choice()
+        count_mask = sizes is None or (seen.makes_mask and (look or seen.skip_mask > 0))
+        if site.left_alone or self.too_small:
+            # Other linears may share its mask.
+            return Choice(left_alone=True, count_mask=count_mask, skip_mask=seen.skip_mask)
         if sizes is None:
             # Whether what needs sizes is done, is not known yet; to draw rows needs none.
             method = None if site.held_back or not isinstance(phase.linear, Reuse | Sample) else phase.linear
@@ -88,8 +88,7 @@ class PlannedLinear:
             look = look or skip > 0
             return Choice(method, look=look, skip=skip, count_mask=True, skip_mask=seen.skip_mask)
         choice = self._choose_backward(phase, use, sizes, look, seen)
-        skip_mask = seen.skip_mask
-        return dataclasses.replace(choice, count_mask=look or skip_mask > 0, skip_mask=skip_mask)
+        return dataclasses.replace(choice, count_mask=count_mask, skip_mask=seen.skip_mask)
 
     def _choose_backward(self, phase: Phase, use: Use, sizes: Sizes, look: bool, seen: Seen) -> Choice:
         site, skip = self._site, seen.skip

@@ -221,7 +221,7 @@ def _linear_forward_rows(
 ) -> tuple[Tensor, Tensor]:
     layer = None if plan is None else plan.sites[site]
     forward = DeviceForward() if layer is None else layer.on_device
-    left_alone = layer is None or layer.left_alone
+    left_alone = plan is None or plan.choices[site].left_alone
     needed = None if left_alone or plan is None else _needed(plan, mask, kept, count, slot)
     with choice.device_alone():
         return forward.linear(x, w, bias, needed, copies, whole=whole)  # type: ignore[no-any-return]

@@ -110,7 +110,7 @@ class Planner:
             case.sizes = changes(), [(n, fits) for (n, _), fits in zip(found, worth, strict=True)]
         seen = [
             # Of other batches, where none of these sizes was seen yet.
-            Seen(skipped(alive, n), skipped(needed, n), finite == 1, worth) if n else before
+            Seen(skipped(alive, n), skipped(needed, n), finite == 1, worth, needed >= 0) if n else before
             for (alive, needed, finite), (n, worth), before in zip(
                 case.status.seen(), case.sizes[1], self._before, strict=True
             )
