@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sparse_compile.passes import graph as g
@@ -53,14 +54,16 @@ def _parts(mask: Node, known: dict[Node, Parts]) -> Parts:
     if mask not in known:
         inputs = [each for each in mask.all_input_nodes if _entries(each) is not None]
         union = mask.target is aten.bitwise_or.Tensor
-        if (union or _keeps_order(mask)) and all(_entries(each) == _entries(mask) for each in inputs):
+        if (union or _keeps_order(mask)) and all(
+            g.same_size(_entries(each), _entries(mask)) for each in inputs
+        ):
             known[mask] = frozenset().union(*(_parts(each, known) for each in inputs))
         else:
             known[mask] = frozenset((mask,))
     return known[mask]
 
 
-def _entries(node: Node) -> object:
+def _entries(node: Node) -> Any:
     value = node.meta.get("val")
     return math.prod(value.shape) if isinstance(value, torch.Tensor) else None
 

@@ -188,7 +188,7 @@ class SparseBackend:
     def _planned_calls(
         self, parameters: Iterable[int], inputs: Sequence[Any], patches: Mapping[str, Any]
     ) -> PlannedCalls | None:
-        """The plans of a graph, if our ops are to be recorded into CUDA graphs; see ``plan.py``."""
+        """The plans of a graph, if what its ops do can be decided ahead; see ``plan.py``."""
         devices = {each.device for each in inputs if isinstance(each, Tensor)}
         device = next((each for each in devices if on_device.available(each)), None)
         if device is None:

@@ -39,7 +39,7 @@ class LinearSite(Site):
     Attributes:
         rotated: where its weight gradient goes if the graph hands it over, or None.
         on_device: its forwards on a GPU.
-        planned: its backwards where they are recorded into CUDA graphs.
+        planned: its backwards on a GPU where they are decided ahead.
     """
 
     def __init__(self, name: str, **settings: Any) -> None:

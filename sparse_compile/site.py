@@ -43,7 +43,7 @@ class Site:
         shape: as the report gives it, at the last backward; empty before the first.
         method: that of the last backward.
         kernel: what its products ran on, where there was a choice (on a GPU).
-        planned: what it does where it is recorded into CUDA graphs.
+        planned: what it does on a GPU where that is decided ahead.
     """
 
     def __init__(
