@@ -102,7 +102,7 @@ class AttentionSite(Site):
                 computed = number_kept(queries.share, self._rows)
             if telemetry := self.watched():
                 live = queries.live[:, None, :, None]
-                self._observe(telemetry, do, forward, gradients, (live, live, live))
+                self.observe(telemetry, do, forward, gradients, (live, live, live))
         # Rows that the device alone has counted are taken off by settle().
         self._count(0, computed, forward)
         return gradients
@@ -177,7 +177,7 @@ class AttentionSite(Site):
         gradients = forward.backward_of_rows((do * weights[:, None, :, None]).to(do.dtype), groups)
         if telemetry := self.watched():
             kept = (weights != 0)[:, None, :, None]
-            self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
+            self.observe(telemetry, do, forward, gradients, (kept, kept, kept))
         return gradients
 
     def next_draw(self, use: Use) -> sample.Draw:
@@ -199,7 +199,7 @@ class AttentionSite(Site):
             gradients = attention.fill_in(gradients, rows, means, exact.live_queries(gradients[2]))
             if telemetry := self.watched():
                 kept = rows.computed[:, None, :, None]
-                self._observe(telemetry, do, forward, gradients, (kept, kept, kept))
+                self.observe(telemetry, do, forward, gradients, (kept, kept, kept))
         if self._memories.due(use, method.refresh_every):
             sample = self._sample(method, use)
             means = attention.means_for_rows(do, gradients, sample)
@@ -219,10 +219,10 @@ class AttentionSite(Site):
         gradients = forward.like_gradients(gradients)
         if means is not None and (telemetry := self.watched()):
             for_da, for_dv = attention.kept_entries(do, means, method, live)
-            self._observe(telemetry, do, forward, gradients, (for_da, for_da, for_dv))
+            self.observe(telemetry, do, forward, gradients, (for_da, for_da, for_dv))
         return gradients
 
-    def _observe(
+    def observe(
         self,
         telemetry: Telemetry,
         do: Tensor,

@@ -193,7 +193,8 @@ class SparseBackend:
         device = next((each for each in devices if on_device.available(each)), None)
         if device is None:
             return None
-        recorded, why = compilers.records(patches), refusal(self.schedule, self._monitor)
+        recorded = compilers.records(patches)
+        why = refusal(self.schedule, self._monitor, recorded=recorded)
         self._runtime.cuda_graphs = RECORDED if recorded else CALLED
         if recorded and why:
             self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}"

@@ -11,7 +11,7 @@ from sparse_compile.kernels import on_device
 from sparse_compile.memory import Use
 from sparse_compile.methods import sample
 from sparse_compile.methods.rows import number_kept
-from sparse_compile.planned_block import PlannedBlock
+from sparse_compile.planned_block import PlannedBlock, cap_of
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.sample import Sample
@@ -44,29 +44,39 @@ class BlockSite(Site):
         measured = setting is not None and phase is not None and self.controller.measures(phase.step)
         self.counters.backwards += 1
         self.counters.rows += len(squares)
-        if on_device.usable(squares) and not measured:
+        if measured:
+            self.measure(squares, use)
+            return torch.ones_like(squares)
+        if on_device.usable(squares):
             return self._on_device(squares, setting, share, use)
         # One number a sample: a GPU is waited for once, and all else is done by the host.
         device, squares = squares.device, squares.cpu()
         live = computed = int(squares.count_nonzero())
         weights = torch.ones_like(squares)
         # What is not finite must reach the gradient, where a GradScaler looks for it.
-        if setting is not None and (measured or share < 1.0) and bool(squares.sum().isfinite()):
-            norms = squares.sqrt()
-            draw = self.next_draw(use)
-            if measured:
-                if not (self.left_alone or self.held_back):  # else nothing is dropped here, whatever is seen
-                    self.controller.observe_samples(self.name, norms, draw)
-            else:
-                self.method = setting.method
-                kept = sample.rows(norms, number_kept(share, len(norms)), _cap(setting), draw)
-                computed = kept.computed
-                self.controller.dropped(live - computed, len(norms))
-                weights = torch.zeros_like(squares)
-                weights[kept.kept] = 1.0 if kept.scale is None else kept.scale.to(weights)
+        if setting is not None and share < 1.0 and bool(squares.sum().isfinite()):
+            self.method = setting.method
+            k = number_kept(share, len(squares))
+            kept = sample.rows(squares.sqrt(), k, cap_of(setting), self.next_draw(use))
+            computed = kept.computed
+            self.controller.dropped(live - computed, len(squares))
+            weights = torch.zeros_like(squares)
+            weights[kept.kept] = 1.0 if kept.scale is None else kept.scale.to(weights)
         self.counters.rows_zero += len(squares) - live
         self.counters.rows_computed += computed
         return weights.to(device)
+
+    def measure(self, squares: Tensor, use: Use) -> None:
+        """Show the controller of adaptive sampling a backward in which all samples go on. Waits for a GPU.
+        Arguments are those of :meth:`weights`."""
+        squares = squares.cpu()
+        live = int(squares.count_nonzero())
+        self.counters.rows_zero += len(squares) - live
+        self.counters.rows_computed += live
+        if bool(squares.sum().isfinite()):
+            draw = self.next_draw(use)
+            if not (self.left_alone or self.held_back):  # else nothing is dropped here, whatever is seen
+                self.controller.observe_samples(self.name, squares.sqrt(), draw)
 
     def _on_device(
         self, squares: Tensor, setting: Sample | Adaptive | None, share: float, use: Use
@@ -83,7 +93,7 @@ class BlockSite(Site):
         self.controller.dropped(n - k, n)
         self.counters.rows_computed += k
         numbers = (draw.number(), draw.number())
-        return on_device.drawn_weights(squares.sqrt(), k, _cap(setting), numbers, tally)
+        return on_device.drawn_weights(squares.sqrt(), k, cap_of(setting), numbers, tally)
 
     def next_draw(self, use: Use) -> sample.Draw:
         """The random numbers of one backward."""
@@ -114,7 +124,3 @@ class BlockSite(Site):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._draws = state.get("draws", 0)
-
-
-def _cap(setting: Sample | Adaptive) -> float | None:
-    return setting.clip if isinstance(setting, Sample) else None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.changes import changed
 from sparse_compile.methods import sample, vcas
 from sparse_compile.methods.rows import number_kept, wide
 from sparse_compile.schedule import Schedule
@@ -254,6 +255,7 @@ class Controller:
         by_steps = (self.blocks or self.linear).update == "step"  # type: ignore[union-attr]
         self._doublings = 0 if pays or by_steps else min(self._doublings + 1, _MOST_DOUBLINGS)
         self._saved, self._dropped, self._cost = 0.0, False, 0.0
+        changed()
         if self.linear is not None:
             for name, weight in weights.items():
                 self._row_shares[name] = self._next_row_share(self.linear, name, weight)
@@ -323,6 +325,7 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        changed()
         self.s = state["s"]
         self.history = list(state["history"])
         self._sample_shares = dict(state["sample_shares"])

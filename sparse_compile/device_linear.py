@@ -49,6 +49,7 @@ class DeviceLinear:
     Attributes:
         kernel: what its last products ran on.
         needed: the rows that the forward of this backward needed, or None: nobody knows.
+        alive: int32, how many rows had a score in the last draw; for dX, if there was one.
     """
 
     @classmethod
@@ -80,6 +81,7 @@ class DeviceLinear:
         # What chose rows in this backward, if it is to be timed.
         self._chosen_by: list[Callable[[], object]] = []
         self._tally = tally or Tally()
+        self.alive: Tensor | None = None
         self._live: Later | None = None
         self._looks = LaterLooks(_LONGEST_PAUSE, WORTH_SKIPPING)
 
@@ -152,29 +154,39 @@ class DeviceLinear:
         self._tally.on(dy.device)[0] += len(dy) - live.sum()
         return on_device.keep_of_four(dy, base.contiguous(), live, _OF_FOUR[parse_n_m(ratio)])
 
-    def live_before(self, dy: Tensor) -> int:
-        """How many rows were not zero in the last backward that drew some, and at most all of ``dy``; of the
-        first one the host waits for the count. (An adaptive share is of those rows: one that lags behind
-        draws a few more or less, as unbiased.)"""
-        if self._live is None:
-            self._live = Later((dy != 0).any(1).sum())
-        return min(len(dy), int(self._live.read()))
+    def live_before(self, n: int) -> int:
+        """How many rows were not zero in the last backward that drew a share of those; and at most ``n``, which
+        it is before the first."""
+        return n if self._live is None else min(n, int(self._live.read()))
 
     def draw(
-        self, dy: Tensor, x: Tensor | None, k: int, cap: float | None, draw: Draw | Tensor, *, for_dx: bool
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        k: int,
+        cap: float | None,
+        draw: Draw | Tensor,
+        *,
+        for_dx: bool,
+        share: float | None = None,
     ) -> list[Rows]:
         """k rows of dY [N, O] drawn at random, once for dX, if wanted, and once for dW, if X [N, I] is given:
-        one of both at least. See ``methods/sample.py``. ``draw`` may be its numbers, on the device."""
+        one of both at least. See ``methods/sample.py``.
+
+        Args:
+            draw: or its numbers, on the device.
+            share: of the rows that are not zero; so many are drawn, and at most k.
+        """
         draws = range(for_dx + (x is not None))
         numbers: list[tuple[int, int]] | Tensor
         numbers = draw if isinstance(draw, Tensor) else [(draw.number(), draw.number()) for _ in draws]
 
         def choose(tally: Tensor) -> tuple[list[Rows], Tensor]:
-            return on_device.drawn(dy, x, k, cap, numbers, for_dx=for_dx, tally=tally)
+            return on_device.drawn(dy, x, k, cap, numbers, for_dx=for_dx, tally=tally, share=share)
 
-        rows, alive = self._choose(choose, dy.device)
-        if self._live is not None:  # somebody asks for it
-            self._live = Later(alive[:1])
+        rows, self.alive = self._choose(choose, dy.device)
+        if share is not None and not isinstance(draw, Tensor):
+            self._live = Later(self.alive[:1])
         return rows
 
     def _choose(self, choose: Callable[[Tensor], T], device: torch.device) -> T:

@@ -185,12 +185,17 @@ class LinearSite(Site):
         if self._device is not None:
             self.kernel, self._device.needed = self._device.kernel, None
         if telemetry := self.watched():
-            self._observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
+            self.observe(telemetry, dy, x, w, estimates, (dx, dw), dw_transposed)
         ordinary = not (self._device or self.telemetry or handed_over)
         self._nothing_to_ask = operands if self.method == "exact" and ordinary else None
-        if measured and x is not None and dw is not None:
-            self.counters.flops_backward += int(self.controller.observe_rows(self.name, dy, x, dw, tokens))
+        if measured:
+            self.measure(dy, x, dw, tokens)
         return dx, dw
+
+    def measure(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, tokens: int) -> None:
+        """Show the controller of adaptive sampling a backward that was exact."""
+        if x is not None and dw is not None:
+            self.counters.flops_backward += int(self.controller.observe_rows(self.name, dy, x, dw, tokens))
 
     def _hand_over(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, for_dw: Estimate) -> None:
         """Give the weight gradient away: dW [O, I] in the calibration, then the corner of the rotated one."""
@@ -222,34 +227,33 @@ class LinearSite(Site):
         method = phase.linear
         if method is None or self.left_alone or self._has_no_method(phase):
             return 1.0
-        return round(self._share(method), 6)
+        return round(self.share(method), 6)
 
     def _has_no_method(self, phase: Phase | None) -> bool:
         """Whether this step is exact here, whatever the gradient."""
         if phase is None or phase.linear is None or self.held_back or self.planned.too_small:
             return True
-        return self._share(phase.linear) == 1.0 or not self._pays(phase.linear)
+        return self.share(phase.linear) == 1.0 or not self._pays(phase.linear)
 
-    def _share(self, method: Reuse | Sample | Adaptive) -> float:
+    def share(self, method: Reuse | Sample | Adaptive) -> float:
         """The share that a method keeps at this step; an adaptive one's is of the rows that are not zero."""
         if isinstance(method, Adaptive):
             return self.controller.row_share(self.name)
         return cast(float, method.keep)
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
-        """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A share
-        that the user has fixed is kept to, unless a GPU has measured it to be slower. What exact skips,
-        sampling cannot save once more. (All other costs are those of a CPU, on every device.)"""
+        """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A GPU has
+        measured that, of every method; on a CPU a share that the user has fixed is kept to. What exact skips,
+        sampling cannot save once more."""
         device = self._device or self.planned.device
-        recorded = choice.device_alone() if self._device is None else contextlib.nullcontext()
-        with recorded:
-            if device and not device.pays(method, self._share(method), self.shape):
-                return False
-        if not isinstance(method, Adaptive) or not self.shape or self._share(method) == 1.0:
+        if device is not None:
+            with choice.device_alone() if self._device is None else contextlib.nullcontext():
+                return device.pays(method, self.share(method), self.shape)
+        if not isinstance(method, Adaptive) or not self.shape or self.share(method) == 1.0:
             return True
         rows, inputs, outputs = self.shape
         live = rows if self._live is None else min(rows, self._live)
-        skipped = live - number_kept(self._share(method), live)
+        skipped = live - number_kept(self.share(method), live)
         return skipped >= exact.fewest_to_skip(rows, inputs, outputs, products=1)
 
     def _fewest_to_skip(self, dy: Tensor) -> int:
@@ -314,22 +318,30 @@ class LinearSite(Site):
     ) -> tuple[int, Estimates]:
         """Estimate dY by rows drawn at random, once for dX and once for dW."""
         gradients = "weight" if isinstance(method, Adaptive) else method.gradients
+        _, inputs, outputs = self.shape
         draw = self.next_draw(use)
         wanted = (gradients != "weight", gradients != "input" and x is not None)
         drawn: list[Rows] = []
         if self._device is not None:
             zero = 0  # as far as the host knows
             if any(wanted):
-                live = self._device.live_before(dy) if isinstance(method, Adaptive) else len(dy)
-                k, cap = self._number_drawn(method, live)
-                drawn = self._device.draw(dy, x if wanted[1] else None, k, cap, draw, for_dx=wanted[0])
+                operands, share, cap = (dy, x if wanted[1] else None), self.share(method), self.cap(method)
+                if isinstance(method, Adaptive):
+                    self.saved_on_device(share, len(dy), self._device.live_before(len(dy)), inputs * outputs)
+                drawn = self._device.draw(
+                    *(*operands, number_kept(share, len(dy)), cap, draw),
+                    for_dx=wanted[0],
+                    share=share if isinstance(method, Adaptive) else None,
+                )
         else:
             norms = torch.linalg.vector_norm(dy, dim=1, dtype=wide(dy.dtype))
             if not bool(norms.sum().isfinite()):  # what is not finite must reach the gradient whole
                 return 0, (dy, dy)
             self._live = int(norms.count_nonzero())
             zero = len(dy) - self._live
-            k, cap = self._number_drawn(method, self._live)
+            cap, k = self.cap(method), number_kept(self.share(method), self.shape[0])
+            if isinstance(method, Adaptive):
+                k = self.saved(self.share(method), self._live, inputs * outputs)
             if wanted[0]:
                 drawn.append(sample.rows(norms, k, cap, draw))
             if wanted[1] and x is not None:
@@ -348,15 +360,24 @@ class LinearSite(Site):
         self._draws += 1
         return sample.Draw(f"{self.seed}/{self.name}/{use}", self._draws - 1)
 
-    def _number_drawn(self, method: Sample | Adaptive, live: int) -> tuple[int, float | None]:
-        """How many rows are drawn, where so many are not zero; and the cap on their weights."""
-        if isinstance(method, Sample):
-            return number_kept(self._share(method), self.shape[0]), method.clip
-        k = number_kept(self._share(method), live)
-        self.controller.saved(2.0 * (live - k) * self.shape[1] * self.shape[2])
-        return k, self.controller.cap(self.name)
+    def saved(self, share: float, live: int, size: int) -> int:
+        """Of so many rows that are not zero, how many an adaptive share draws; the controller is told what
+        that saves. ``size``: I · O."""
+        k = number_kept(share, live)
+        self.controller.saved(2.0 * (live - k) * size)
+        return k
 
-    def _observe(
+    def saved_on_device(self, share: float, n: int, live: int, size: int) -> None:
+        """The same of n rows, of which the device knows how many are zero, and the host how many were. For
+        all n, so many are drawn that those of the zero rows have to be taken off what is counted."""
+        k = self.saved(share, min(live, n), size)
+        self.counters.flops_backward -= 2 * (number_kept(share, n) - k) * size
+
+    def cap(self, method: Sample | Adaptive) -> float | None:
+        """The cap on the weights of the rows that are drawn."""
+        return method.clip if isinstance(method, Sample) else self.controller.cap(self.name)
+
+    def observe(
         self,
         telemetry: Telemetry,
         dy: Tensor,

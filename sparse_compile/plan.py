@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sparse_compile.kernels.triton import launcher
 from sparse_compile.later import Later
 from sparse_compile.memory import Use
 from sparse_compile.replay import Programs
@@ -50,19 +51,19 @@ _numbers = itertools.count(_FIRST)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 
-def refusal(schedule: Schedule, monitor: Monitor | None) -> str | None:
-    """Why what a schedule does cannot be recorded, or None: it can be.
+def refusal(schedule: Schedule, monitor: Monitor | None, *, recorded: bool) -> str | None:
+    """Why what a schedule does cannot be decided ahead, or None: it can be.
 
-    What cannot be runs between CUDA graphs, each op for itself.
+    Each op then decides for itself. ``recorded``: between CUDA graphs, in which nothing can be measured.
     """
     if schedule.weight_gradients is not None:
         return "weight gradients leave the graph"
-    if monitor is not None:
-        return "gradients are measured"
-    if any(isinstance(method, Adaptive) for method in (schedule.linear, schedule.blocks)):
-        return "shares are adapted to what is measured"
     if isinstance(schedule.linear, Reuse) and not schedule.linear.keeps_rows:
         return "single entries are reused"
+    if recorded and monitor is not None:
+        return "gradients are measured"
+    if recorded and any(isinstance(method, Adaptive) for method in (schedule.linear, schedule.blocks)):
+        return "shares are adapted to what is measured"
     return None
 
 
@@ -72,7 +73,10 @@ class Choice:
 
     Attributes:
         method: what estimates its output gradient; None is exact.
-        share: of the samples that go on behind a block.
+        share: of the samples that go on behind a block; or of the rows that are not zero, if it is adaptive.
+        cap: on the weights of what is drawn by an adaptive share.
+        measured: the controller of adaptive sampling looks at it.
+        watched: a monitor compares it with the exact gradient.
         left_alone: it is done densely.
         recall: there is a base.
         renew: the base is renewed.
@@ -81,8 +85,11 @@ class Choice:
         count_mask, skip_mask: the same of rows that no output needs, if its forward makes the mask of them.
     """
 
-    method: Reuse | Sample | None = None
+    method: Reuse | Sample | Adaptive | None = None
     share: float = 1.0
+    cap: float | None = None
+    measured: bool = False
+    watched: bool = False
     left_alone: bool = False
     recall: bool = False
     renew: bool = False
@@ -90,6 +97,11 @@ class Choice:
     skip: int = 0
     count_mask: bool = False
     skip_mask: int = 0
+
+    def observe(self) -> None:
+        """Called by what is launched: if the host looks at it, it is not launched again without being asked."""
+        if self.measured or self.watched:
+            launcher.spoil()
 
 
 class Seen(NamedTuple):
@@ -169,6 +181,7 @@ class Plan:
         programs: what its ops launched.
         backwards: how many were run.
         turn: the order of the last one among those of all plans.
+        gone: it is not used any more.
     """
 
     number: int
@@ -180,6 +193,7 @@ class Plan:
     programs: Programs = dataclasses.field(default_factory=Programs)
     backwards: int = 0
     turn: int = 0
+    gone: bool = False
 
 
 class Counts:
@@ -196,14 +210,18 @@ class Counts:
             _, counted, before = self._each[plan.number, use]
             if begun > counted:
                 before(begun - counted)
+        elif any(each.gone for each, *_ in self._each.values()):
+            self.settle()
         self._each[plan.number, use] = plan, begun, count
 
     def settle(self) -> None:
-        """Count what has not been counted yet; the last backward last."""
+        """Count what has not been counted yet; the last backward last. What is gone is then forgotten."""
         for key, (plan, counted, count) in sorted(self._each.items(), key=lambda item: item[1][0].turn):
             if plan.backwards > counted:
                 self._each[key] = plan, plan.backwards, count
                 count(plan.backwards - counted)
+            if plan.gone:
+                del self._each[key]
 
 
 class Status:
@@ -218,6 +236,11 @@ class Status:
         self._seen = [[-1, -1, 1] for _ in range(sites)]
         self.on_device = torch.tensor(self._seen, dtype=torch.int64, device=device)
         self._on_the_way: Later | None = None
+
+    @property
+    def known(self) -> list[list[int]]:
+        """What was sent before, and read by :meth:`seen`."""
+        return self._seen
 
     def send(self) -> None:
         """Start what is there now on its way to the host."""

@@ -76,14 +76,22 @@ class PlannedAttention:
             return Choice(left_alone=True)
         if self.too_small:
             return Choice()
+        measured = self._site.controller.measures(phase.step)
+        choice = self._choose_backward(None if measured else phase.attention, use, last, look, seen)
+        telemetry = self._site.telemetry
+        watched = choice.method is not None and telemetry is not None and telemetry.due_at(phase.step)
+        return dataclasses.replace(choice, measured=measured, watched=watched)
+
+    def _choose_backward(
+        self, method: Reuse | Sample | None, use: Use, last: Backward | None, look: bool, seen: Seen
+    ) -> Choice:
         if last is None:
             # Whether what needs sizes is done, is not known yet; to draw rows needs none.
-            asked = None if self._site.held_back else phase.attention
+            asked = None if self._site.held_back else method
             if asked is not None and (asked.keep == 1.0 or not _keeps_rows(asked)):
                 asked = None
             skip = 0 if isinstance(asked, Sample) else seen.skip
             return Choice(asked, look=look or skip > 0, skip=skip)
-        method = phase.attention
         if method is None or not self._applies(method, last):
             skip = seen.skip
             worth_looking = last.by_kernel and last.flops >= WORTH_LOOKING
@@ -120,7 +128,7 @@ class PlannedAttention:
         if isinstance(choice.method, Sample):
             draw = site.next_draw(use)
             return [draw.number(), draw.number()]
-        if not isinstance(choice.method, Reuse):
+        if not isinstance(choice.method, Reuse) and not choice.measured:
             self.memory.clear()  # or it would be of long ago, should it be reused again
         if not isinstance(choice.method, Reuse) or last is None:
             return []
@@ -135,6 +143,7 @@ class PlannedAttention:
     def launch(self, plan: Plan, number: int, numbers: Tensor, do: Tensor, forward: CudaFused) -> Gradients:
         """(dQ, dK, dV), as :meth:`AttentionSite.backward`. ``numbers`` are those of :meth:`prepare`."""
         site, choice, use = self._site, plan.choices[number], plan.uses[number]
+        choice.observe()
         site.shape, site.method = forward.shape, "dense" if choice.left_alone else "exact"
         rows = forward.shape[0] * forward.shape[2]
         self.device = device = DeviceAttention.of(do, forward, self.device, site.settle, self._tally)
@@ -144,6 +153,7 @@ class PlannedAttention:
         timed_as = device.sizes(do, forward)
         self._seen[use[0], plan.shapes] = Backward(forward.shape, forward.keys, flops, by_kernel, timed_as)
         report, computed = plan.status.on_device[number], rows
+        queries = None
         if choice.left_alone:
             gradients = forward.backward(do)
         elif isinstance(choice.method, Sample):
@@ -154,7 +164,7 @@ class PlannedAttention:
             computed = number_kept(keep, rows)
         elif isinstance(choice.method, Reuse) and choice.recall:
             site.method = choice.method.method
-            gradients = self._reuse(device, do, forward, choice.method, use)
+            queries, gradients = self._reuse(device, do, forward, choice.method, use)
             computed = number_kept(choice.method.keep, rows)
         else:
             gradients = device.backward(do, forward, self._live(choice, do, report))
@@ -164,6 +174,9 @@ class PlannedAttention:
             self._remember(choice, choice.method, use, numbers, do, gradients, report)
         computed = computed if site.kernel == "triton" else rows
         self._count(plan, use, forward, computed)
+        if choice.watched and queries is not None and (telemetry := site.watched()):
+            live = queries.live[:, None, :, None]
+            site.observe(telemetry, do, forward, gradients, (live, live, live))
         return gradients
 
     def _live(self, choice: Choice, do: Tensor, report: Tensor) -> Queries | None:
@@ -176,7 +189,7 @@ class PlannedAttention:
 
     def _reuse(
         self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Reuse, use: Use
-    ) -> Gradients:
+    ) -> tuple[Queries, Gradients]:
         means = self.memory.tensors(use, (forward.shape[2], forward.keys))
         device.pays(method, do, forward)
         queries, rows = device.choose(do, means["do"], method.keep)
@@ -184,7 +197,7 @@ class PlannedAttention:
         def fill_in(some: Gradients) -> Gradients:
             return attention.fill_in(some, rows, means, on_device.live_queries(some[2]))
 
-        return device.backward(do, forward, queries, fill_in)
+        return queries, device.backward(do, forward, queries, fill_in)
 
     def _remember(
         self,

@@ -13,6 +13,7 @@ from sparse_compile.memory import Use
 from sparse_compile.methods.rows import number_kept
 from sparse_compile.plan import Choice, Counts, Plan, Seen
 from sparse_compile.schedule import Phase
+from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.sample import Sample
 from sparse_compile.tally import Tally
 
@@ -27,6 +28,7 @@ class PlannedBlock:
         self._site = site
         self._tally = tally
         self._counts = Counts()
+        self._samples: dict[tuple[int, Hashable], int] = {}
 
     def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
         """See :class:`plan.Planned`."""
@@ -39,7 +41,9 @@ class PlannedBlock:
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
         method, share = phase.blocks, self._site.keep(phase)
-        return Choice(method, share=share) if isinstance(method, Sample) and share < 1.0 else Choice()
+        if method is None or self._site.controller.measures(phase.step):
+            return Choice(measured=method is not None)
+        return Choice(method, share=share) if share < 1.0 else Choice()
 
     def reserve(self, device: torch.device) -> None:
         """Make what launches write to."""
@@ -47,17 +51,28 @@ class PlannedBlock:
 
     def prepare(self, plan: Plan, number: int) -> list[int]:
         """See :class:`plan.Planned`."""
-        if plan.choices[number].method is None:
+        choice, use = plan.choices[number], plan.uses[number]
+        if choice.method is None:
             return []
-        draw = self._site.next_draw(plan.uses[number])
+        if n := self._samples.get((use[0], plan.shapes)):
+            self._site.controller.dropped(n - number_kept(choice.share, n), n)
+        draw = self._site.next_draw(use)
         return [draw.number(), draw.number()]
 
     def launch(self, plan: Plan, number: int, numbers: Tensor, squares: Tensor) -> Tensor:
         """As :meth:`BlockSite.weights`, of ``squares`` [B]; ``numbers`` are those of :meth:`prepare`."""
-        choice, n = plan.choices[number], len(squares)
+        choice, n, use = plan.choices[number], len(squares), plan.uses[number]
+        choice.observe()
         self._site.shape = (n,)
+        self._samples[use[0], plan.shapes] = n
         tally = self._tally.on(squares.device)
-        if not isinstance(choice.method, Sample) or n == 0:
+        if choice.measured:
+            self._site.method = "exact"
+            self._site.counters.backwards += 1
+            self._site.counters.rows += n
+            self._site.measure(squares, use)
+            return torch.ones_like(squares)
+        if choice.method is None or n == 0:
             self._site.method = "exact"
             self._count(plan, number, n, n)
             tally[:2] += (squares == 0).sum()
@@ -65,7 +80,7 @@ class PlannedBlock:
         self._site.method = choice.method.method
         k = number_kept(choice.share, n)
         self._count(plan, number, n, k)
-        return on_device.drawn_weights(squares.sqrt(), k, choice.method.clip, numbers[:2], tally)
+        return on_device.drawn_weights(squares.sqrt(), k, cap_of(choice.method), numbers[:2], tally)
 
     def _count(self, plan: Plan, number: int, n: int, computed: int) -> None:
         site, method = self._site, self._site.method
@@ -81,3 +96,8 @@ class PlannedBlock:
     def settle_counts(self) -> None:
         """Count the backwards since the last call."""
         self._counts.settle()
+
+
+def cap_of(method: Sample | Adaptive) -> float | None:
+    """On the weights of samples that are drawn; adaptive sampling has none for whole samples."""
+    return method.clip if isinstance(method, Sample) else None

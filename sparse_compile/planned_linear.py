@@ -25,6 +25,7 @@ from sparse_compile.methods.rows import Estimate, Rows, number_kept
 from sparse_compile.plan import NUMBERS, Choice, Counts, Plan, Seen, hashable, plain
 from sparse_compile.planned_memory import PlannedMemory
 from sparse_compile.schedule import Phase
+from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
 from sparse_compile.tally import Tally
@@ -75,32 +76,38 @@ class PlannedLinear:
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
         site, sizes, self.too_small = self._site, self._sizes.get((use[0], shapes)), not seen.worth
-        count_mask = sizes is None or (seen.makes_mask and (look or seen.skip_mask > 0))
+        measured = site.controller.measures(phase.step) and not site.left_alone
         if site.left_alone or self.too_small:
-            # Other linears may share its mask.
-            return Choice(left_alone=True, count_mask=count_mask, skip_mask=seen.skip_mask)
-        if sizes is None:
-            # Whether what needs sizes is done, is not known yet; to draw rows needs none.
-            method = None if site.held_back or not isinstance(phase.linear, Reuse | Sample) else phase.linear
-            if method is not None and method.keep == 1.0:
-                method = None
-            skip = 0 if isinstance(method, Sample) else seen.skip
-            look = look or skip > 0
-            return Choice(method, look=look, skip=skip, count_mask=True, skip_mask=seen.skip_mask)
-        choice = self._choose_backward(phase, use, sizes, look, seen)
-        return dataclasses.replace(choice, count_mask=count_mask, skip_mask=seen.skip_mask)
+            choice = Choice(left_alone=True)
+        else:
+            method = None if measured or site.held_back else phase.linear
+            choice = self._choose_backward(method, use, sizes, look, seen)
+        return dataclasses.replace(
+            choice,
+            measured=measured,
+            watched=choice.method is not None and site.telemetry is not None and site.telemetry.due_at(phase.step),
+            # Also of one that is left alone: other linears may share its mask.
+            count_mask=sizes is None or (seen.makes_mask and (look or seen.skip_mask > 0)),
+            skip_mask=seen.skip_mask,
+        )
 
-    def _choose_backward(self, phase: Phase, use: Use, sizes: Sizes, look: bool, seen: Seen) -> Choice:
+    def _choose_backward(
+        self, method: Reuse | Sample | Adaptive | None, use: Use, sizes: Sizes | None, look: bool, seen: Seen
+    ) -> Choice:
         site, skip = self._site, seen.skip
-        method = None if site.held_back else phase.linear
-        if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or not self._pays(method, sizes):
-            if 4 * sizes.n * sizes.inputs * sizes.outputs < WORTH_LOOKING:
+        share = 1.0 if method is None else site.share(method)
+        if method is None or share == 1.0 or not self._pays(method, share, sizes):
+            if sizes is not None and 4 * sizes.n * sizes.inputs * sizes.outputs < WORTH_LOOKING:
                 return Choice()
             return Choice(look=look or skip > 0, skip=skip)
+        if isinstance(method, Adaptive):
+            return Choice(method, share, site.cap(method), look=look or skip > 0, skip=skip)
         if isinstance(method, Sample):
             # The product that is not sampled is exact.
             exactly = method.gradients != "both"
             return Choice(method, look=exactly and (look or skip > 0), skip=skip if exactly else 0)
+        if sizes is None:  # whether it is reused, is not known yet
+            return Choice(method, look=look or skip > 0, skip=skip)
         computed = number_kept(method.keep, sizes.n) + sizes.tokens
         if sizes.n == 0 or sizes.n % sizes.tokens or computed > aten.DENSE_SHARE * sizes.n:
             return Choice(look=look)
@@ -111,9 +118,10 @@ class PlannedLinear:
             return Choice(method, renew=True, look=look)
         return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
 
-    def _pays(self, method: Reuse | Sample, sizes: Sizes) -> bool:
-        shape = (sizes.n, sizes.inputs, sizes.outputs)
-        return self.device is None or self.device.pays(method, method.keep, shape)  # type: ignore[arg-type]
+    def _pays(self, method: Reuse | Sample | Adaptive, share: float, sizes: Sizes | None) -> bool:
+        if sizes is None or self.device is None:
+            return True
+        return self.device.pays(method, share, (sizes.n, sizes.inputs, sizes.outputs))
 
     def reserve(self, device: torch.device) -> None:
         """Make what launches write to."""
@@ -125,10 +133,15 @@ class PlannedLinear:
         """See :class:`plan.Planned`."""
         choice, use = plan.choices[number], plan.uses[number]
         sizes = self._sizes.get((use[0], plan.shapes))
-        if isinstance(choice.method, Sample):
+        if isinstance(choice.method, Adaptive) and sizes is not None:
+            assert plan.status is not None
+            alive = plan.status.known[number][0]
+            live = sizes.n if alive < 0 else alive
+            self._site.saved_on_device(choice.share, sizes.n, live, sizes.inputs * sizes.outputs)
+        if isinstance(choice.method, Sample | Adaptive):
             draw = self._site.next_draw(use)
             return [draw.number() for _ in range(NUMBERS)]
-        if not isinstance(choice.method, Reuse):
+        if not isinstance(choice.method, Reuse) and not choice.measured:
             self.memory.clear()  # or it would be of long ago, should it be reused again
         if not isinstance(choice.method, Reuse) or sizes is None:
             return []
@@ -162,6 +175,7 @@ class PlannedLinear:
             needed: the rows that the forward needed, if those are all that is computed.
         """
         site, choice, use = self._site, plan.choices[number], plan.uses[number]
+        choice.observe()
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         sizes = Sizes(len(dy), inputs, dy.shape[1], tokens, x is not None, w is not None)
         self._sizes[use[0], plan.shapes] = sizes
@@ -170,7 +184,10 @@ class PlannedLinear:
         self.device = DeviceLinear.of(dy, self.device, site.settle, self._tally)
         if choice.left_alone or self.device is None:
             self._count(plan, use, sizes, [sizes.n, sizes.n])
-            return aten.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
+            dx, dw = aten.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
+            if choice.measured:
+                site.measure(dy, x, dw, tokens)
+            return dx, dw
         self.device.needed = needed
         if needed is not None:
             site.on_device.count(needed, sizes.n, 2 * inputs * sizes.outputs)
@@ -183,6 +200,10 @@ class PlannedLinear:
             self._remember(choice, choice.method, use, numbers, dy, tokens, report)
         computed = [e.computed if isinstance(e, Rows) else sizes.n for e in (for_dx, for_dw)]
         self._count(plan, use, sizes, computed)
+        if choice.watched and (telemetry := site.watched()):
+            site.observe(telemetry, dy, x, w, (for_dx, for_dw), (dx, dw), dw_transposed)
+        if choice.measured:
+            site.measure(dy, x, dw, tokens)
         return dx, dw
 
     def _estimates(
@@ -206,15 +227,23 @@ class PlannedLinear:
             return rows, rows
         if isinstance(method, Reuse):
             return self._exactly(choice, dy, report)
-        if isinstance(method, Sample):
-            wanted = (method.gradients != "weight", method.gradients != "input" and x is not None)
-            device.pays(method, method.keep, shape)  # type: ignore[arg-type]
+        if isinstance(method, Sample | Adaptive):
+            adaptive = isinstance(method, Adaptive)
+            gradients = "weight" if isinstance(method, Adaptive) else method.gradients
+            share, cap = (choice.share, choice.cap) if adaptive else (site.share(method), site.cap(method))
+            wanted = (gradients != "weight", gradients != "input" and x is not None)
+            device.pays(method, share, shape)
             site.method = method.method
             exactly, _ = (dy, dy) if all(wanted) else self._exactly(choice, dy, report)
             if not any(wanted):
                 return exactly, exactly
-            k = number_kept(method.keep, len(dy))  # type: ignore[arg-type]
-            drawn = device.draw(dy, x if wanted[1] else None, k, method.clip, numbers, for_dx=wanted[0])
+            drawn = device.draw(
+                *(dy, x if wanted[1] else None, number_kept(share, len(dy)), cap, numbers),
+                for_dx=wanted[0],
+                share=share if adaptive else None,
+            )
+            if adaptive and not choice.look:
+                report[:1].copy_(device.alive)
             return drawn[0] if wanted[0] else exactly, drawn[-1] if wanted[1] else exactly
         return self._exactly(choice, dy, report)
 

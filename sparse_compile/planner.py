@@ -23,8 +23,11 @@ from sparse_compile.settings.reuse import Reuse
 # Steps between two looks for rows that are zero, at most. They are looked for in all layers at once, or every
 # combination of layers would be a plan.
 _LONGEST_PAUSE = 15
-# Plans for batches of one size, beyond which it is decided no more which rows are skipped.
+# Plans for batches of one size that are recorded, or ways to skip rows, beyond which it is decided no more
+# which rows are skipped.
 _MANY = 16
+# Plans whose programs are kept. (One of a BERT-large takes some 5 MB of the host.)
+_KEPT = 128
 _turns = itertools.count(1)
 
 
@@ -35,6 +38,7 @@ class Case:
         status: what was reported by the last one.
         looks: when rows that are zero are counted.
         skipped: which are skipped: skip and skip_mask of each site.
+        patterns: all that this was.
         plans: by what each site does in it.
         sizes: how many rows each site has, and whether they are worth launching anything for; and at which
             change that was found.
@@ -45,6 +49,7 @@ class Case:
         self.status = Status(sites, device)
         self.looks = Looks(_LONGEST_PAUSE)
         self.skipped: list[tuple[int, int]] | None = None
+        self.patterns: set[tuple[tuple[int, int], ...]] = set()
         self.plans: dict[tuple[Choice, ...], Plan] = {}
         self.sizes: tuple[int, list[tuple[int, bool]]] | None = None
         self.settled: tuple[Hashable, Plan] | None = None
@@ -64,22 +69,53 @@ class Planner:
         self._cases: dict[Hashable, Case] = {}
         self._before = [Seen()] * len(sites)  # in the last step
         self._device: torch.device | None = None
+        self._kept: dict[int, tuple[Plan, Case]] = {}  # those that are not recorded, last used last
         self._adopted: list[Plan] = []  # which are recorded under their numbers, whatever else comes up
 
     def plan(
-        self, phase: Phase, lane: int, shapes: Hashable, device: torch.device, *, recorded: bool = True
+        self,
+        phase: Phase,
+        lane: int,
+        shapes: Hashable,
+        device: torch.device,
+        *,
+        recorded: bool = True,
+        observed: Hashable = False,
     ) -> Plan:
-        """The plan of a step that is about to begin. ``recorded``: as CUDA graphs."""
+        """The plan of a step that is about to begin.
+
+        Args:
+            phase: what the schedule says of it.
+            lane: of the forward, among those of the step.
+            shapes: of its inputs.
+            device: of its inputs.
+            recorded: as CUDA graphs.
+            observed: what of it is measured.
+        """
         case = self._case(lane, shapes, device)
         look = case.looks.due()
         uses: list[Use] = [(call, lane) for call in self._calls]
         seen, decided_by = self._what_is_known(case, phase, uses, shapes, recorded)
+        decided_by = observed, decided_by
         if case.settled is None or look or device != self._device or case.settled[0] != decided_by:
-            choices = self._choose(case, phase, uses, shapes, device, look, seen)
+            choices = self._choose(case, phase, uses, shapes, device, look, seen, recorded)
             if choices not in case.plans:
                 self._complete(new_plan(shapes), case, choices, uses)
             case.settled = (None if look else decided_by), case.plans[choices]
-        return case.settled[1]
+        plan = case.settled[1]
+        if not recorded:
+            self._keep(plan, case)
+        return plan
+
+    def _keep(self, plan: Plan, case: Case) -> None:
+        """Let go of what was used longest ago."""
+        self._kept.pop(plan.number, None)
+        self._kept[plan.number] = plan, case
+        if len(self._kept) > _KEPT:
+            oldest, of_case = self._kept.pop(next(iter(self._kept)))
+            of_case.plans.pop(oldest.choices, None)
+            of_case.settled = None
+            oldest.gone = True
 
     def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:
         """Decide for a plan that was made before the graph was known."""
@@ -129,6 +165,7 @@ class Planner:
         device: torch.device,
         look: bool,
         seen: Sequence[Seen],
+        recorded: bool = True,
     ) -> tuple[Choice, ...]:
         choices = []
         with device_alone():
@@ -137,10 +174,11 @@ class Planner:
                 choices.append(site.planned.choose(phase, use, shapes, look, of_it))
         self._device = device
         left_out = [(choice.skip, choice.skip_mask) for choice in choices]
-        if len(case.plans) < _MANY or case.skipped is None:
+        if len(case.plans if recorded else case.patterns) < _MANY or case.skipped is None:
             if look:
                 case.looks.found(left_out != case.skipped)
             case.skipped = left_out
+            case.patterns.add(tuple(left_out))
         elif left_out != case.skipped:
             choices = [
                 dataclasses.replace(choice, skip=skip if choice.look else 0, skip_mask=mask)
@@ -155,6 +193,7 @@ class Planner:
     def forget(self) -> None:
         """Let go of what was launched, and where it wrote to."""
         self._cases.clear()
+        self._kept.clear()
         self._adopted.clear()
 
     @staticmethod

@@ -179,8 +179,13 @@ class Runtime:
         if number is None:
             return calls.first(shapes)
         graph = self._graphs[number]
-        lane = graph.lanes.next(self.clock.step)
-        return graph.planner.plan(self.clock.phase, lane, shapes, calls.device, recorded=calls.recorded)
+        step = self.clock.step
+        lane, watched = graph.lanes.next(step), self.telemetry is not None and self.telemetry.due_at(step)
+        return graph.planner.plan(
+            *(self.clock.phase, lane, shapes, calls.device),
+            recorded=calls.recorded,
+            observed=(self.controller.measures(step), watched),
+        )
 
     def begin(self, token: Token, plan: Plan, calls: PlannedCalls, owner: Owner) -> None:
         """A forward of a plan begins, which may be the first of its graph."""

@@ -51,9 +51,13 @@ class Telemetry:
     def due(self, site: str) -> bool:
         """Whether the present backward of ``site`` is to be measured, if it is approximate."""
         step = self._clock.step
-        # The last of the steps, not the first: reuse has no base in the very first, and adaptive sampling is
-        # exact in steps that are multiples of its own interval.
-        return (step + 1) % self._every == 0 and self._last_step.get(site) != step
+        return self.due_at(step) and self._last_step.get(site) != step
+
+    def due_at(self, step: int) -> bool:
+        """Whether anything is to be measured in this step. The last of so many steps, not the first: reuse has
+        no base in the very first, and adaptive sampling is exact in steps that are multiples of its own
+        interval."""
+        return (step + 1) % self._every == 0
 
     def observe(self, site: str, method: str, gradients: Mapping[str, Observed]) -> None:
         """Measure the approximate gradients of one backward, by name; none if all are exact."""

@@ -15,6 +15,7 @@ from sparse_compile.passes import forward
 from torch import Tensor, nn
 
 from sparse_compile import (
+    Monitor,
     Reuse,
     Sample,
     Schedule,
@@ -119,11 +120,12 @@ class Run:
         planned: bool = True,
         compiler: str = "aot_eager",
         mode: str | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         torch.manual_seed(3)
         self.model = Net(attends=schedule.attention is not None).to(DEVICE)
         torch.manual_seed(5)  # of what it draws
-        self.backend = sparse_backend(schedule, compiler=compiler, debug=True)
+        self.backend = sparse_backend(schedule, compiler=compiler, debug=True, monitor=monitor)
         self._monkeypatch, self._planned, self._mode = monkeypatch, planned, mode
         self._run = torch.compile(self.model, backend=self.backend, mode=mode)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0)
@@ -170,8 +172,8 @@ class Run:
     @property
     def plans(self) -> list[plan.Plan]:
         """In the order in which they were made."""
-        graph = self.backend._runtime._graphs[0]
-        return [each for case in graph.planner._cases.values() for each in case.plans.values()]
+        cases = [case for graph in self.backend._runtime._graphs for case in graph.planner._cases.values()]
+        return [each for case in cases for each in case.plans.values()]
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -121,14 +121,16 @@ def test_zero_rows_are_counted_once_where_one_gradient_is_sampled(
     assert ours.site.counters.rows_computed == 3 * N // 2
 
 
-def test_an_adaptive_share_is_of_the_rows_of_the_backward_before(device: torch.device) -> None:
-    """So that nobody waits for the present count."""
-    kept, live = DeviceLinear(), []
+def test_an_adaptive_share_is_of_the_rows_that_are_not_zero(device: torch.device) -> None:
+    """Which the device counts; the host hears of it at the next backward."""
+    kept, live, drawn = DeviceLinear(), [], []
     for alive, rows in ((5, 8), (3, 8), (7, 8), (6, 6)):
         dy = (torch.arange(rows, device=device) < alive).float().unsqueeze(1)
-        live.append(kept.live_before(dy))
-        kept.draw(dy, torch.ones_like(dy), 2, None, Draw("seed"), for_dx=False)
-    assert live == [5, 5, 3, 6]
+        live.append(kept.live_before(rows))
+        (estimate,) = kept.draw(dy, torch.ones_like(dy), rows, None, Draw("seed"), for_dx=False, share=0.4)
+        drawn.append(int(estimate.count))
+    assert live == [8, 5, 3, 6]
+    assert drawn == [2, 1, 3, 2]
 
 
 def test_reuse_counts_zero_rows(kernel: str, run: Callable[..., OnDevice]) -> None:

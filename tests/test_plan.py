@@ -275,7 +275,10 @@ def test_a_graph_without_gradients_is_one_plan(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_what_cannot_be_recorded(schedule: Schedule, monitor: Monitor | None, why: str | None) -> None:
-    assert plan.refusal(schedule, monitor) == why
+    assert plan.refusal(schedule, monitor, recorded=True) == why
+    # Where every op is called, it can be measured, too.
+    measured = why is not None and "measured" in why
+    assert plan.refusal(schedule, monitor, recorded=False) == (None if measured else why)
 
 
 def test_the_report_says_whether_ops_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +295,7 @@ def test_the_report_says_whether_ops_are_recorded(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_is_called_as_before_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(Schedule.vcas(), monkeypatch)
+    run = Run(Schedule(linear=Reuse("2:4")), monkeypatch)
     run()
     assert ".planned(" not in run.backend.graphs[0].after
     assert "prepare_backward" not in run.backend.graphs[0].after

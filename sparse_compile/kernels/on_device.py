@@ -76,6 +76,7 @@ def drawn(
     *,
     for_dx: bool,
     tally: Tensor,
+    share: float | None = None,
 ) -> tuple[list[Rows], Tensor]:
     """Estimates of dY [N, O] by k rows drawn at random: for dX by ‖dY_i‖, if wanted; and for dW, if X [N, I]
     is given, by ‖dY_i‖ · ‖X_i‖; one of both at least. With them comes how many rows have such a score, int32.
@@ -89,7 +90,9 @@ def drawn(
         draws = for_dx + (x is not None)
         return [rows] * draws, none.kept.new_zeros(draws)
     found = scores(dy, x, norm=for_dx)
-    kept, scale, count, slot, _, alive = draw(found, k, cap, numbers, slots=for_dx, tally=tally)
+    kept, scale, count, slot, _, alive = draw(
+        found, k, cap, numbers, slots=for_dx, tally=tally, share=share
+    )
     slots = [slot if for_dx else None, None]
     each = zip(kept, scale, count.split(1), slots, strict=False)
     return [Rows(kept, scale=scale, count=count, slot=slot) for kept, scale, count, slot in each], alive

@@ -12,6 +12,8 @@ over the N scores, which stay in cache, a few times:
              1988) over the numbers of as many bits as N has; those beyond N have no length
     compact  the drawn rows, ascending; then, if there are fewer than k, rows that have no score
 
+k may be a share of the rows that have a score, which are counted first: then there is room for more.
+
 Lengths on the line are whole multiples of 2⁻⁴⁰, of which sums are exact: where one block of rows ends, the
 next begins. (In float32, sums would be off by more than the p_i of many rows. A row with p below 2⁻⁴¹ is not
 drawn.)
@@ -88,7 +90,18 @@ def _rate(scores, n, k, BLOCK: tl.constexpr):
     return alive, sure_at, rate, total < float("inf")
 
 
-@triton.jit(do_not_specialize=["k", "key_0", "key_1", "start_0", "start_1", "low", "high", "places"])
+@triton.jit
+def _part_of(scores, n, share, BLOCK: tl.constexpr):
+    # The share, in units of 2⁻³⁰, of those that are not zero: the nearest number, but at least one.
+    above = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, n, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        above += (tl.load(scores + rows, mask=rows < n, other=0.0) != 0).to(tl.int32)
+    part = (tl.sum(above, axis=0).to(tl.int64) * share + (1 << 29)) >> 30
+    return tl.maximum(part, 1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["k", "share", "key_0", "key_1", "start_0", "start_1", "low", "high", "places"])
 def _draw(
     scores,
     kept,
@@ -101,6 +114,7 @@ def _draw(
     given,
     n,
     k,
+    share,
     key_0,
     key_1,
     start_0,
@@ -109,6 +123,7 @@ def _draw(
     high,
     places,
     cap,
+    SHARED: tl.constexpr,
     CAPPED: tl.constexpr,
     SLOTS: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -127,6 +142,9 @@ def _draw(
         key = tl.where(draw == 0, key_0, key_1).to(tl.uint32)
         reading = tl.where(draw == 0, start_0, start_1)
     first = reading.to(tl.int64) << 9  # in units of 2⁻⁴⁰
+    room = k
+    if SHARED:
+        k = tl.minimum(_part_of(scores, n, share, BLOCK), room)
     alive, sure_at, rate, finite = _rate(scores, n, k, BLOCK)
 
     line = tl.full((), 0, tl.int64)
@@ -177,6 +195,12 @@ def _draw(
         place = start + tl.arange(0, BLOCK)
         tl.store(kept + place, tl.zeros((BLOCK,), tl.int32), mask=place < chosen)
         tl.store(scale + place, tl.zeros((BLOCK,), tl.float32), mask=place < chosen)
+    if SHARED:
+        # So does the room that is left, should somebody multiply all of it.
+        for start in range(k, room, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            tl.store(kept + place, tl.zeros((BLOCK,), tl.int32), mask=place < room)
+            tl.store(scale + place, tl.zeros((BLOCK,), tl.float32), mask=place < room)
     tl.store(count + draw, found)
     tl.store(above + draw, alive)
     if draw == 0:
@@ -191,6 +215,7 @@ def draw(
     *,
     slots: bool,
     tally: Tensor,
+    share: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One draw by each row of ``scores``; see :func:`reference.draw`.
 
@@ -202,9 +227,11 @@ def draw(
             the device, where a recorded launch finds new ones at each replay.
         slots: whether ``slot`` is wanted, of the first draw.
         tally: int64, to whose first number the rows without a score are added, of the first draw.
+        share: from 0 to 1: not k rows are drawn, but :func:`reference.part_of` those with a score, and at
+            most k.
 
     Returns:
-        kept int32 [D, k], ascending; then rows without a score.
+        kept int32 [D, k], ascending; then rows without a score, or any.
         scale float32 [D, k]: their weights, zero for those without a score.
         count int32 [D]: how many of these have one.
         slot int64 [N]: where in ``kept`` a row stands, or N − 1 if it does not; or empty.
@@ -226,7 +253,7 @@ def draw(
         _draw,
         (draws,),
         *(scores, kept, scale, count, slot if slots else tally, weights, alive, tally),
-        *(numbers if given else tally, n, k),
+        *(numbers if given else tally, n, k, 0 if share is None else round(share * 2**30)),
         *(
             key_0,
             key_1,
@@ -237,6 +264,7 @@ def draw(
             1 << bits,
             0.0 if cap is None else cap,
         ),
+        SHARED=share is not None,
         CAPPED=cap is not None,
         SLOTS=slots,
         GIVEN=given,

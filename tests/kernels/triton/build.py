@@ -253,6 +253,9 @@ def others() -> Iterator[Job]:
         row_stats,
     )
 
+    def draws(**used: bool) -> dict[str, bool]:
+        return {name.upper(): used.get(name, False) for name in ("shared", "capped", "slots", "given")}
+
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
     scored = {**block, "SMALLEST": row_stats.SMALLEST}
     drawn, by_draw = {"ROUNDS": draw.ROUNDS, "BLOCK": draw._BLOCK}, {"num_warps": draw._WARPS}
@@ -264,8 +267,9 @@ def others() -> Iterator[Job]:
         ("live_rows", row_stats._live_rows, block, {}),
         ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": True}, {}),
         ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": False}, {}),
-        ("draw", draw._draw, {**drawn, "CAPPED": False, "SLOTS": True, "GIVEN": False}, by_draw),
-        ("draw", draw._draw, {**drawn, "CAPPED": True, "SLOTS": False, "GIVEN": True}, by_draw),
+        ("draw", draw._draw, {**drawn, **draws(slots=True)}, by_draw),
+        ("draw", draw._draw, {**drawn, **draws(capped=True, given=True)}, by_draw),
+        ("draw", draw._draw, {**drawn, **draws(given=True, shared=True)}, by_draw),
         ("largest", largest._largest, largest.CONSTANTS, {"num_warps": largest._WARPS}),
         ("tally_rows", compaction._tally_rows, {"ZERO": True}, {"num_warps": 1}),
         ("sum_dropped", base_inputs._sum_dropped, summed, {}),

@@ -11,19 +11,26 @@ pytest.importorskip("triton")
 from sparse_compile.kernels.triton import reference
 from sparse_compile.kernels.triton.draw import draw
 from sparse_compile.methods import sample
-from sparse_compile.methods.rows import Rows
+from sparse_compile.methods.rows import Rows, number_kept
 
 SIZES = (1, 2, 24, 37, 4097, 9000)
 
 
 def run(
-    scores: Tensor, k: int, cap: float | None = None, seed: str = "seed", slots: bool = True
+    scores: Tensor,
+    k: int,
+    cap: float | None = None,
+    seed: str = "seed",
+    slots: bool = True,
+    share: float | None = None,
 ) -> tuple[list[Rows], Tensor, int]:
     """Estimates, one for each row of ``scores`` [D, N]; the weight of every row; how many had no score."""
     tally = torch.zeros(3, dtype=torch.int64, device=scores.device)
     random = sample.Draw(seed)
     numbers = [(random.number(), random.number()) for _ in scores]
-    kept, scale, count, slot, weights, alive = draw(scores, k, cap, numbers, slots=slots, tally=tally)
+    kept, scale, count, slot, weights, alive = draw(
+        scores, k, cap, numbers, slots=slots, tally=tally, share=share
+    )
     assert alive.tolist() == scores.count_nonzero(dim=1).tolist()
     rows = [
         Rows(kept[i], scale=scale[i], count=count[i : i + 1], slot=slot if slots and i == 0 else None)
@@ -63,6 +70,28 @@ def test_the_rows_that_sampling_draws(
     places = torch.full((n,), n - 1, device=device)
     places[wanted.kept] = torch.arange(count, device=device)
     assert torch.equal(rows.slot, places)
+
+
+@pytest.mark.parametrize("n", [1, 37, 4097])
+@pytest.mark.parametrize("dead", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.95])
+@pytest.mark.parametrize("room", [0.5, 1.0])
+def test_a_share_of_the_rows_that_have_a_score(
+    n: int, dead: float, share: float, room: float, device: torch.device
+) -> None:
+    """As many as were drawn if somebody had counted them; what room is left holds rows without weight."""
+    scores, most = uneven(n, dead, device).unsqueeze(0), max(1, round(room * n))
+    k = min(most, number_kept(share, int(scores.count_nonzero())))
+    (wanted,), weights, _ = run(scores, k)
+    (rows,), found, _ = run(scores, most, share=share)
+    assert torch.equal(found, weights)
+    assert int(rows.count) == int(wanted.count)
+    assert torch.equal(rows.slot, wanted.slot)
+    assert torch.equal(rows.kept[:k], wanted.kept)
+    assert torch.equal(rows.scale[:k], wanted.scale)
+    assert rows.kept.shape == rows.scale.shape == (most,)
+    assert not rows.kept[k:].any()
+    assert not rows.scale[k:].any()
 
 
 def test_two_draws_at_once_are_those_one_after_the_other(device: torch.device) -> None:
