@@ -155,8 +155,8 @@ class DeviceLinear:
         return on_device.keep_of_four(dy, base.contiguous(), live, _OF_FOUR[parse_n_m(ratio)])
 
     def live_before(self, n: int) -> int:
-        """How many rows were not zero in the last backward that drew a share of those; and at most ``n``, which
-        it is before the first."""
+        """How many rows were not zero in the last backward that drew a share of those; at most ``n``,
+        which it is before the first."""
         return n if self._live is None else min(n, int(self._live.read()))
 
     def draw(

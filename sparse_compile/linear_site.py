@@ -242,9 +242,9 @@ class LinearSite(Site):
         return cast(float, method.keep)
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
-        """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A GPU has
-        measured that, of every method; on a CPU a share that the user has fixed is kept to. What exact skips,
-        sampling cannot save once more."""
+        """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A GPU
+        has measured that, of every method; on a CPU a share that the user has fixed is kept to. What exact
+        skips, sampling cannot save once more."""
         device = self._device or self.planned.device
         if device is not None:
             with choice.device_alone() if self._device is None else contextlib.nullcontext():

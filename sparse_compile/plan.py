@@ -99,7 +99,7 @@ class Choice:
     skip_mask: int = 0
 
     def observe(self) -> None:
-        """Called by what is launched: if the host looks at it, it is not launched again without being asked."""
+        """Called by what is launched: where the host looks at it, no program stands in for it."""
         if self.measured or self.watched:
             launcher.spoil()
 
@@ -188,7 +188,7 @@ class Plan:
     shapes: Hashable
     sites: Sequence[Any] = ()
     uses: Sequence[Use] = ()
-    choices: Sequence[Choice] = ()
+    choices: tuple[Choice, ...] = ()
     status: Status | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
     backwards: int = 0

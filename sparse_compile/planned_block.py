@@ -13,7 +13,6 @@ from sparse_compile.memory import Use
 from sparse_compile.methods.rows import number_kept
 from sparse_compile.plan import Choice, Counts, Plan, Seen
 from sparse_compile.schedule import Phase
-from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.sample import Sample
 from sparse_compile.tally import Tally
 
@@ -98,6 +97,6 @@ class PlannedBlock:
         self._counts.settle()
 
 
-def cap_of(method: Sample | Adaptive) -> float | None:
+def cap_of(method: object) -> float | None:
     """On the weights of samples that are drawn; adaptive sampling has none for whole samples."""
     return method.clip if isinstance(method, Sample) else None

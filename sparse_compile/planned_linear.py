@@ -82,10 +82,11 @@ class PlannedLinear:
         else:
             method = None if measured or site.held_back else phase.linear
             choice = self._choose_backward(method, use, sizes, look, seen)
+        due = site.telemetry is not None and site.telemetry.due_at(phase.step)
         return dataclasses.replace(
             choice,
             measured=measured,
-            watched=choice.method is not None and site.telemetry is not None and site.telemetry.due_at(phase.step),
+            watched=choice.method is not None and due,
             # Also of one that is left alone: other linears may share its mask.
             count_mask=sizes is None or (seen.makes_mask and (look or seen.skip_mask > 0)),
             skip_mask=seen.skip_mask,
@@ -242,7 +243,7 @@ class PlannedLinear:
                 for_dx=wanted[0],
                 share=share if adaptive else None,
             )
-            if adaptive and not choice.look:
+            if adaptive and not choice.look and device.alive is not None:
                 report[:1].copy_(device.alive)
             return drawn[0] if wanted[0] else exactly, drawn[-1] if wanted[1] else exactly
         return self._exactly(choice, dy, report)

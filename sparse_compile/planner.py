@@ -115,6 +115,7 @@ class Planner:
             oldest, of_case = self._kept.pop(next(iter(self._kept)))
             of_case.plans.pop(oldest.choices, None)
             of_case.settled = None
+            oldest.programs.found.clear()
             oldest.gone = True
 
     def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:

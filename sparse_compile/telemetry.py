@@ -54,8 +54,8 @@ class Telemetry:
         return self.due_at(step) and self._last_step.get(site) != step
 
     def due_at(self, step: int) -> bool:
-        """Whether anything is to be measured in this step. The last of so many steps, not the first: reuse has
-        no base in the very first, and adaptive sampling is exact in steps that are multiples of its own
+        """Whether anything is to be measured in this step. The last of so many steps, not the first: reuse
+        has no base in the very first, and adaptive sampling is exact in steps that are multiples of its own
         interval."""
         return (step + 1) % self._every == 0
 

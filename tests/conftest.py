@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import warnings
@@ -19,6 +20,10 @@ with warnings.catch_warnings():
         # and Inductor imports it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._inductor.compile_fx
+
+# Of the millions of objects that tracing makes few refer to each other in circles: to look for those takes a
+# twentieth of the time of all tests.
+gc.set_threshold(50_000, 10, 10)
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they would get in each other's way
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -90,9 +90,7 @@ def drawn(
         draws = for_dx + (x is not None)
         return [rows] * draws, none.kept.new_zeros(draws)
     found = scores(dy, x, norm=for_dx)
-    kept, scale, count, slot, _, alive = draw(
-        found, k, cap, numbers, slots=for_dx, tally=tally, share=share
-    )
+    kept, scale, count, slot, _, alive = draw(found, k, cap, numbers, slots=for_dx, tally=tally, share=share)
     slots = [slot if for_dx else None, None]
     each = zip(kept, scale, count.split(1), slots, strict=False)
     return [Rows(kept, scale=scale, count=count, slot=slot) for kept, scale, count, slot in each], alive
