@@ -17,6 +17,7 @@ import from_source
 ROOT = from_source.ROOT
 TESTS = (
     "tests/test_plan.py",
+    "tests/test_plan_observed.py",
     "tests/test_replay.py",
     "tests/kernels/triton/test_products.py",
     "tests/kernels/triton/test_base_inputs.py",

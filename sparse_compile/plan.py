@@ -1,4 +1,5 @@
-"""What the sites of a graph do in a step, decided before it runs: for CUDA graphs.
+"""What the sites of a graph do in a step, decided before it runs: for CUDA graphs, and for what is launched
+again without asking (``replay.py``).
 
 A CUDA graph that was recorded launches the same kernels at the same addresses at each replay, and no code of
 ours runs. So what is decided from step to step is taken out of the ops:
@@ -26,7 +27,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sparse_compile.kernels.triton import launcher
 from sparse_compile.later import Later
 from sparse_compile.memory import Use
 from sparse_compile.replay import Programs
@@ -97,11 +97,6 @@ class Choice:
     skip: int = 0
     count_mask: bool = False
     skip_mask: int = 0
-
-    def observe(self) -> None:
-        """Called by what is launched: where the host looks at it, no program stands in for it."""
-        if self.measured or self.watched:
-            launcher.spoil()
 
 
 class Seen(NamedTuple):
@@ -182,6 +177,7 @@ class Plan:
         backwards: how many were run.
         turn: the order of the last one among those of all plans.
         gone: it is not used any more.
+        observed: the host looks at some of what it computes.
     """
 
     number: int
@@ -194,6 +190,7 @@ class Plan:
     backwards: int = 0
     turn: int = 0
     gone: bool = False
+    observed: bool = False
 
 
 class Counts:

@@ -1,4 +1,4 @@
-"""An attention on a GPU whose launches are recorded into CUDA graphs; see ``plan.py``.
+"""An attention on a GPU, decided ahead; see ``plan.py``.
 
 As ``planned_linear.py``: the gradients are those of ``device_attention.py``, decided ahead.
 """
@@ -143,7 +143,6 @@ class PlannedAttention:
     def launch(self, plan: Plan, number: int, numbers: Tensor, do: Tensor, forward: CudaFused) -> Gradients:
         """(dQ, dK, dV), as :meth:`AttentionSite.backward`. ``numbers`` are those of :meth:`prepare`."""
         site, choice, use = self._site, plan.choices[number], plan.uses[number]
-        choice.observe()
         site.shape, site.method = forward.shape, "dense" if choice.left_alone else "exact"
         rows = forward.shape[0] * forward.shape[2]
         self.device = device = DeviceAttention.of(do, forward, self.device, site.settle, self._tally)

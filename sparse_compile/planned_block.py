@@ -1,4 +1,4 @@
-"""The boundary behind one block on a GPU whose launches are recorded into CUDA graphs; see ``plan.py``."""
+"""The boundary behind one block on a GPU, decided ahead; see ``plan.py``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,6 @@ class PlannedBlock:
     def launch(self, plan: Plan, number: int, numbers: Tensor, squares: Tensor) -> Tensor:
         """As :meth:`BlockSite.weights`, of ``squares`` [B]; ``numbers`` are those of :meth:`prepare`."""
         choice, n, use = plan.choices[number], len(squares), plan.uses[number]
-        choice.observe()
         self._site.shape = (n,)
         self._samples[use[0], plan.shapes] = n
         tally = self._tally.on(squares.device)

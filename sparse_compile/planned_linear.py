@@ -1,4 +1,4 @@
-"""A linear layer on a GPU whose launches are recorded into CUDA graphs; see ``plan.py``.
+"""A linear layer on a GPU, decided ahead; see ``plan.py``.
 
 The gradients are those of ``device_linear.py``, which does the work: what is different is who decides when.
 What depends on the sizes of dY is decided by what was seen of them in an earlier step of the same shapes: in
@@ -176,7 +176,6 @@ class PlannedLinear:
             needed: the rows that the forward needed, if those are all that is computed.
         """
         site, choice, use = self._site, plan.choices[number], plan.uses[number]
-        choice.observe()
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         sizes = Sizes(len(dy), inputs, dy.shape[1], tokens, x is not None, w is not None)
         self._sizes[use[0], plan.shapes] = sizes

@@ -98,13 +98,15 @@ def _prepare_backward_fake(plan: int, token: Tensor, anchor: Tensor, sites: int)
 
 def _replayed(op: str) -> Callable[[Callable[..., Any]], None]:
     """Implement ``op``. Its function takes its arguments with the plan in the place of that one's number, or
-    with None. From its third run under a plan on, what it launched is launched again; see ``replay.py``."""
+    with None. From its third run under a plan on, what it launched is launched again (see ``replay.py``),
+    unless the host looks at what comes of it."""
 
     def implement(function: Callable[..., Any]) -> None:
         def run(control: Tensor, plan: int, *arguments: Any) -> Any:
             known = plans.find(plan)
-            if known is None:
-                return function(control, None, *arguments)
+            if known is None or known.observed:
+                changed()
+                return function(control, known, *arguments)
             inputs: list[Tensor] = [control]
             others: list[Any] = [op]
             for each in arguments:

@@ -135,6 +135,7 @@ class Planner:
 
     def _complete(self, plan: Plan, case: Case, choices: tuple[Choice, ...], uses: Sequence[Use]) -> None:
         plan.sites, plan.choices, plan.status, plan.uses = self._sites, choices, case.status, uses
+        plan.observed = any(choice.measured or choice.watched for choice in choices)
         case.plans[choices] = plan
 
     def _what_is_known(

@@ -87,6 +87,7 @@ def test_only_measurements_are_asked_what_to_do(monkeypatch: pytest.MonkeyPatch)
     steps = 4 * EVERY
     for _ in range(steps):
         run()
+    assert not any(each.programs.found for each in run.plans if each.observed)
     sites = len(run.plans[0].sites)
     for step in range(0, steps, EVERY):
         if run.backend._runtime.controller.measures(step) and step > 0:
