@@ -38,6 +38,7 @@ TESTS = (
     "tests/test_device_attention.py",
     "tests/test_device_attention_pays.py",
     "tests/test_device_moves.py",
+    "tests/test_device_distributed.py",
     "tests/test_pack_ops.py",
 )
 

@@ -142,6 +142,16 @@ def simulate() -> Any:
     return library
 
 
+def begin() -> Any:
+    """Simulate a CUDA in this process, for as long as what is returned is held."""
+    with warnings.catch_warnings(action="ignore"):
+        holding = simulate()
+    from sparse_compile.kernels.triton import launcher
+
+    launcher._builds = lambda device: False
+    return holding
+
+
 def main(files: list[str]) -> int:
     import build
 
@@ -155,11 +165,7 @@ def main(files: list[str]) -> int:
     import gpu_tests
     import pytest
 
-    with warnings.catch_warnings(action="ignore"):
-        holding = simulate()  # noqa: F841
-    from sparse_compile.kernels.triton import launcher
-
-    launcher._builds = lambda device: False
+    holding = begin()  # noqa: F841
     os.chdir(ROOT)
     options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-o", "pythonpath=.", "-o", "addopts="]
     return int(pytest.main([*options, *(files or gpu_tests.TESTS)]))
