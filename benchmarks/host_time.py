@@ -46,7 +46,6 @@ def schedules() -> dict[str, Any]:
         "reuse in linears": Schedule(linear=Reuse(0.75)),
         "sample in attention": Schedule(attention=Sample(0.25)),
         "sample blocks": Schedule(blocks=Sample(0.25)),
-        "vcas": Schedule.vcas(),
     }
 
 
@@ -101,12 +100,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
     from presets import PRESETS
 
     from sparse_compile import planner, sparse_backend
-    from sparse_compile.controller import Controller
     from sparse_compile.kernels import choice
 
     planner.worth_launching = lambda flops: True
-    # Every gradient is zero here, by which nothing would be sampled.
-    Controller.row_share = Controller.sample_share = lambda self, name: 0.5
     choice.fastest = lambda key, candidates: list(candidates)[-1]
     torch.backends.cuda.enable_cudnn_sdp(False)  # there is no null cuDNN
     preset = PRESETS["bert-base" if options.model == "bert" else "llama-small"]
