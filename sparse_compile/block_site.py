@@ -42,11 +42,11 @@ class BlockSite(Site):
         setting = None if phase is None else phase.blocks
         share = 1.0 if phase is None else self.keep(phase)
         measured = setting is not None and phase is not None and self.controller.measures(phase.step)
-        self.counters.backwards += 1
-        self.counters.rows += len(squares)
         if measured:
             self.measure(squares, use)
             return torch.ones_like(squares)
+        self.counters.backwards += 1
+        self.counters.rows += len(squares)
         if on_device.usable(squares):
             return self._on_device(squares, setting, share, use)
         # One number a sample: a GPU is waited for once, and all else is done by the host.
@@ -71,6 +71,8 @@ class BlockSite(Site):
         Arguments are those of :meth:`weights`."""
         squares = squares.cpu()
         live = int(squares.count_nonzero())
+        self.counters.backwards += 1
+        self.counters.rows += len(squares)
         self.counters.rows_zero += len(squares) - live
         self.counters.rows_computed += live
         if bool(squares.sum().isfinite()):

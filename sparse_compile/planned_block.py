@@ -66,8 +66,6 @@ class PlannedBlock:
         tally = self._tally.on(squares.device)
         if choice.measured:
             self._site.method = "exact"
-            self._site.counters.backwards += 1
-            self._site.counters.rows += n
             self._site.measure(squares, use)
             return torch.ones_like(squares)
         if choice.method is None or n == 0:

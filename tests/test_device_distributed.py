@@ -44,7 +44,7 @@ def test_linears_are_planned_and_run_on_triton(how: str, name: str, ranks: list[
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_ranks_draw_their_own_rows_and_share_the_sum(how: str, ranks: list[dict[str, Any]]) -> None:
+def test_ranks_share_the_sum_of_what_they_drew(how: str, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank[f"{how}, sample"] for rank in ranks)
     for one, other in zip(first["gradients"], second["gradients"], strict=True):
         assert torch.equal(one, other)

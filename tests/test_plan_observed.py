@@ -89,6 +89,7 @@ def test_only_measurements_are_asked_what_to_do(monkeypatch: pytest.MonkeyPatch)
         run()
     assert not any(each.programs.found for each in run.plans if each.observed)
     sites = len(run.plans[0].sites)
+    assert len({step for step, measured in asked if measured}) > 1
     for step in range(0, steps, EVERY):
         if run.backend._runtime.controller.measures(step) and step > 0:
             assert asked.count((step, True)) == sites

@@ -227,8 +227,8 @@ def draw(
             the device, where a recorded launch finds new ones at each replay.
         slots: whether ``slot`` is wanted, of the first draw.
         tally: int64, to whose first number the rows without a score are added, of the first draw.
-        share: from 0 to 1: not k rows are drawn, but :func:`reference.part_of` those with a score, and at
-            most k.
+        share: from 0 to 1: not k rows are drawn, but this share of those with a score, as
+            :func:`methods.rows.number_kept` (of a half, the larger number), and at most k.
 
     Returns:
         kept int32 [D, k], ascending; then rows without a score, or any.

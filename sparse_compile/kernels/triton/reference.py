@@ -239,11 +239,6 @@ def draw(scores: Tensor, k: int, cap: float | None, numbers: Draw) -> Rows:
     return Rows(found.kept, scale=torch.ones_like(found.kept, dtype=torch.float32))
 
 
-def part_of(alive: int, share: float) -> int:
-    """How many rows a share of those that are alive is: the nearest number, but at least one."""
-    return max(1, (alive * round(share * 2**30) + 2**29) >> 30)
-
-
 def largest(scores: Tensor, live: Tensor, k: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k live rows with the largest score; of rows with the same one the first.
 
