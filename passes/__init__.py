@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -44,6 +45,7 @@ def rewrite(
     dx_whole: bool = False,
     skip_unneeded: bool | Literal["loss"] = True,
     compact: bool = False,
+    gpu_carries: bool = False,
     plan_at: int | None = None,
 ) -> tuple[list[SiteRecord], list[SavedRecord]]:
     """Rewrite a joint graph in place.
@@ -59,6 +61,7 @@ def rewrite(
         skip_unneeded: rows of the forward that nothing needs are not computed either (`passes/needed.py`);
             with "loss", nothing but the loss needs any.
         compact: nor are they carried from op to op (`passes/compact.py`).
+        gpu_carries: nor on a GPU, which then waits for their number (`passes/own_products.py`).
         plan_at: which of the graph's inputs is the number of a plan (`passes/plan.py`), if there is one.
 
     Returns:
@@ -88,13 +91,20 @@ def rewrite(
     # When nothing looks for the forward's products any more.
     if skip_unneeded:
         loss_only = skip_unneeded == "loss"
-        forwards, replaced = rewrite_forwards(
-            graph, backwards, token=token, below=below, loss_only=loss_only, compact=compact
+        done = rewrite_forwards(
+            *(graph, backwards),
+            token=token,
+            below=below,
+            loss_only=loss_only,
+            compact=compact,
+            gpu_carries=gpu_carries,
         )
-        ops |= {forward: ops[backward] for forward, backward in forwards.items()}
-        ops = {replaced.get(op, op): record for op, record in ops.items()}
-        for op in replaced.values():
+        ops |= {forward: ops[backward] for forward, backward in done.ops.items()}
+        ops = {done.replaced.get(op, op): record for op, record in ops.items()}
+        for op in [*done.replaced.values(), *itertools.chain(*done.counted.values())]:
             _note_carried(ops, op, records)
+        for op, counted in done.counted.items():
+            op.update_arg(3, [records.index(ops.pop(backward)) for backward in counted])
     # After the linears, so that their inputs have one reader each; it makes no site.
     packed = pack_saved(graph, method=saved, below=below) if saved is not None else []
 

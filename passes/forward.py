@@ -13,10 +13,14 @@ and on a GPU, where the number of such rows would have to be waited for,
                y       = rows[i]                                                  fused with what reads Y,
                                                                                   or y itself: `whole`
     backward   … = sparse_compile.linear_backward(token, …, needed=slots)
+
+or, with ``gpu_carries``, by few rows that are carried (``passes/compact.py``), whose number is waited for
+once; see ``passes/own_products.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 
@@ -26,6 +30,7 @@ from sparse_compile.passes.compact import compact_rows
 from sparse_compile.passes.linear import NO_SITE
 from sparse_compile.passes.masks import Masks
 from sparse_compile.passes.needed import rows_needed
+from sparse_compile.passes.own_products import own_forward, own_products
 from sparse_compile.passes.readers import read_by_loops
 from sparse_compile.passes.shared_masks import shared
 from torch.fx import Graph, Node
@@ -37,6 +42,22 @@ _CPU, _GPU = ("cpu",), ("cuda",)
 _WORTH_ASKING = 2e9
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Forwards:
+    """What was done to the forward products of a graph; sites of new ops are not set yet.
+
+    Attributes:
+        ops: those that were put in, and the op of the backward of each.
+        replaced: those of both kinds that were replaced once more, and by what.
+        counted: those that count rows for linears whose products are the graph's own, and the ops of these
+            linears' backwards, which are in the graph no longer.
+    """
+
+    ops: dict[Node, Node]
+    replaced: dict[Node, Node]
+    counted: dict[Node, list[Node]]
+
+
 def rewrite_forwards(
     graph: Graph,
     linears: dict[Node, Node],
@@ -45,7 +66,8 @@ def rewrite_forwards(
     below: dict[Node, frozenset[str]],
     loss_only: bool = False,
     compact: bool = False,
-) -> tuple[dict[Node, Node], dict[Node, Node]]:
+    gpu_carries: bool = False,
+) -> Forwards:
     """Rewrite the forward products of linears, as far as rows of them are not needed.
 
     Args:
@@ -55,27 +77,39 @@ def rewrite_forwards(
         below: :func:`passes.graph.parameters_below`.
         loss_only: of what the model returns, its loss alone is needed.
         compact: let what is between the products carry the needed rows only (``passes/compact.py``).
-
-    Returns:
-        The ops that were put in, and the op of the backward of each; their site numbers are not set yet. And
-        the ops of both kinds that were replaced once more, and by what.
+        gpu_carries: on a GPU, too.
     """
-    products = [each for each in linears if _is_worth_it(each) and not each.kwargs]
+    products = [each for each in linears if _device(each) in _CPU + _GPU and not each.kwargs]
+    if not gpu_carries:
+        products = [each for each in products if _is_worth_it(each)]
     if not products:
-        return {}, {}
+        return Forwards({}, {}, {})
     masks = Masks(graph, after=token, below=below)
     all_needed, needed = rows_needed(graph, products, masks, below, loss_only=loss_only)
-    if any(_device(product) in _GPU for product in needed):
+    on_gpu = any(_device(product) in _GPU for product in needed)
+    if on_gpu and not (compact and gpu_carries):
         ops = _rewrite_on_gpu(graph, needed, linears, token)
         masks.erase_unused()
-        return ops, {}
-    ops = {_rewrite(graph, product, mask, token): linears[product] for product, mask in needed.items()}
-    replaced = {}
+        return Forwards(ops, {}, {})
+    wanted = {_rewrite(graph, product, mask, token): (product, mask) for product, mask in needed.items()}
+    ops = {op: linears[product] for op, (product, _) in wanted.items()}
+    replaced: dict[Node, Node] = {}
     if compact:
-        all_needed |= {op: all_needed[product] for op, product in zip(ops, needed, strict=True)}
+        all_needed |= {op: all_needed[product] for op, (product, _) in wanted.items()}
         replaced = compact_rows(graph, all_needed, masks, ops)
+    counted: dict[Node, list[Node]] = {}
+    if on_gpu:
+        carried = {op: backward for op, backward in ops.items() if op in replaced}
+        counted = own_products(graph, {replaced[op]: replaced[b] for op, b in carried.items()}, masks, token)
+        left = {own_forward(graph, op): op for op in ops if op not in carried}
+        linears = {product: ops[op] for product, op in left.items()}
+        masked = {product: wanted[op][1] for product, op in left.items() if _is_worth_it(product)}
+        ops = _rewrite_on_gpu(graph, masked, linears, token)
+        was = {new: old for old, new in replaced.items()}
+        counted = {op: [was[backward] for backward in backwards] for op, backwards in counted.items()}
+        replaced = {}
     masks.erase_unused()
-    return ops, replaced
+    return Forwards(ops, replaced, counted)
 
 
 def _is_worth_it(product: Node) -> bool:

@@ -194,13 +194,13 @@ def same_shape(a: Node, b: Node) -> bool:
     return same_sizes(shape_of(a), shape_of(b))
 
 
-def call(graph: Graph, target: Any, *args: Any, like: Node) -> Node:
-    """Insert ``target(*args)`` at the graph's insertion point.
+def call(graph: Graph, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
+    """Insert ``target(*args, **kwargs)`` at the graph's insertion point.
 
     The node takes its module path, sequence number and side of the graph from ``like``, and its
     ``meta["val"]`` from running ``target`` on the fake tensors of its arguments.
     """
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     with like.meta["val"].fake_mode if hasattr(like.meta["val"], "fake_mode") else contextlib.nullcontext():
         node.meta = {**like.meta, "val": value_of(node)}
     return node

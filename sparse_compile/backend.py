@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from sparse_compile.runtime import Runtime
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.monitor import Monitor
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.variants import Captured, Variant, Variants
 
 COMPILERS = ("inductor", "aot_eager")
 
@@ -41,6 +44,27 @@ class ScheduleError(ShortenTraceback, ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Request:
+    """What is known of a graph before it is compiled.
+
+    Attributes:
+        names: position among its inputs -> name of the parameter there.
+        linears: names of the linears that it calls.
+        blocks: paths of the blocks whose ends are marked.
+        handed_over: the layers whose weight gradients go to the runtime.
+        patches: settings of Inductor.
+        device: the GPU of its inputs, if they are on one that there are kernels for.
+    """
+
+    names: dict[int, str]
+    linears: list[str]
+    blocks: list[str]
+    handed_over: list[str]
+    patches: dict[str, Any]
+    device: torch.device | None
 
 
 class SparseBackend:
@@ -87,54 +111,99 @@ class SparseBackend:
         anchor = next(iter(parameters), None)
         self._check_schedule(naming.find_root(None if anchor is None else example_inputs[anchor.position]))
         names = {parameter.position: parameter.name for parameter in parameters}
-        linears = list(passes.linears_called(gm, names))
         owner = self._runtime.owner(anchor, example_inputs)
-        blocks = self._mark_blocks(gm, owner)
-        handed_over = self._handed_over(owner, names.values())
-        patches = compilers.patches(mode, options)
-        planned = self._planned_calls(names, example_inputs, patches)
+        devices = {each.device for each in example_inputs if isinstance(each, Tensor)}
+        request = _Request(
+            names=names,
+            linears=list(passes.linears_called(gm, names)),
+            blocks=self._mark_blocks(gm, owner),
+            handed_over=self._handed_over(owner, names.values()),
+            patches=compilers.patches(mode, options),
+            device=next(filter(on_device.available, devices), None),
+        )
+        captured = Captured.of(gm) if self._carries(request) else None
+        compiled = self._compile(gm, example_inputs, request, owner, carries=captured is not None)
+        variants = None if captured is None else Variants(compiled)
 
-        def rewrite(graph: Graph) -> None:
-            before = dump(graph) if self._debug else ""
-            sites, saved = passes.rewrite(
-                graph,
-                names,
-                linears,
-                blocks,
-                self.schedule.saved_activations,
-                handed_over,
-                dx_whole=self.schedule.linears_are_exact,
-                skip_unneeded=self.schedule.skips_unneeded,
-                # What reuse remembers has a row for every token.
-                compact=not isinstance(self.schedule.linear, Reuse),
-                plan_at=None if planned is None else len(example_inputs),
-            )
-            self._runtime.note(sites, saved, self._runtime.owner(anchor, example_inputs))
-            if self._debug:
-                self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
-                self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
+        def variant(owner: naming.Owner) -> Variant:
+            """The way that a forward runs."""
+            if variants is None or captured is None:
+                return compiled
 
-        numbered = contextlib.nullcontext() if planned is None else compilers.one_more_input(gm)
-        given = [*example_inputs, *([] if planned is None else [planned.first(()).number])]
-        with compilers.savable_token(), numbered:
-            if self._compiler == "inductor":
-                key = None if self._debug else self._cache_key(gm, names, [blocks, handed_over])
-                compiled = compilers.with_inductor(gm, given, rewrite, key, patches)
-            else:
-                compiled = compilers.with_aot_eager(gm, given, rewrite)
+            def all_rows() -> Variant | None:
+                return captured.again(functools.partial(self._compile, request=request, owner=None))
+
+            def share(planned: PlannedCalls) -> float | None:
+                return self._runtime.share_carried(planned, owner)
+
+            return variants.at(self.step, self._runtime.place(owner), share, all_rows)
 
         def run(*inputs: Any) -> Any:
             owner = self._runtime.owner(anchor, inputs)
             if owner.root is not None:
                 self._check_schedule(owner.root())  # again: only now known if a plain function was compiled
+            way = variant(owner)
+            planned = way.planned
             number = [] if planned is None else [self._runtime.plan(planned, owner, inputs).number]
             with self._runtime.forward_of(owner, planned):
-                outputs = compiled(*inputs, *number)
+                outputs = way.run(*inputs, *number)
             if not self._runtime.sites and not self._said_nothing_found:
                 self._look_again_after_backward(outputs)
             return outputs
 
         return run
+
+    def _compile(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        request: _Request,
+        owner: naming.Owner | None,
+        *,
+        carries: bool = False,
+    ) -> Variant:
+        """Compile one graph.
+
+        Args:
+            gm: the graph.
+            inputs: what it was captured with.
+            request: what else is known of it.
+            owner: whose sites are in the report before it has run; None is nobody's.
+            carries: whether it carries the needed rows alone on a GPU, too.
+        """
+        planned = self._planned_calls(request)
+
+        def rewrite(graph: Graph) -> None:
+            before = dump(graph) if self._debug else ""
+            sites, saved = passes.rewrite(
+                graph,
+                request.names,
+                request.linears,
+                request.blocks,
+                self.schedule.saved_activations,
+                request.handed_over,
+                dx_whole=self.schedule.linears_are_exact,
+                skip_unneeded=self.schedule.skips_unneeded,
+                # What reuse remembers has a row for every token.
+                compact=not isinstance(self.schedule.linear, Reuse),
+                gpu_carries=carries,
+                plan_at=None if planned is None else len(inputs),
+            )
+            if owner is not None:
+                self._runtime.note(sites, saved, owner)
+            if self._debug:
+                self.graphs.append(GraphDump(len(self.graphs), before, dump(graph)))
+                self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
+
+        numbered = contextlib.nullcontext() if planned is None else compilers.one_more_input(gm)
+        given = [*inputs, *([] if planned is None else [planned.first(()).number])]
+        with compilers.savable_token(), numbered:
+            if self._compiler == "inductor":
+                key = None if self._debug else self._cache_key(gm, request, carries)
+                compiled = compilers.with_inductor(gm, given, rewrite, key, request.patches)
+            else:
+                compiled = compilers.with_aot_eager(gm, given, rewrite)
+        return Variant(compiled, planned)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseBackend:
         """Itself: a deep copy of a compiled model is one more model of the same backend."""
@@ -185,20 +254,23 @@ class SparseBackend:
             )
         self._runtime.load_state_dict(dict(state))
 
-    def _planned_calls(
-        self, parameters: Iterable[int], inputs: Sequence[Any], patches: Mapping[str, Any]
-    ) -> PlannedCalls | None:
+    def _carries(self, request: _Request) -> bool:
+        """Whether a graph for a GPU carries the needed rows alone: where nothing else would leave rows out of
+        what is carried, and no CUDA graph has to know how many there are."""
+        if request.device is None or not self.schedule.is_exact:
+            return False
+        return bool(self.schedule.skips_unneeded) and not compilers.records(request.patches)
+
+    def _planned_calls(self, request: _Request) -> PlannedCalls | None:
         """The plans of a graph, if what its ops do can be decided ahead; see ``plan.py``."""
-        devices = {each.device for each in inputs if isinstance(each, Tensor)}
-        device = next((each for each in devices if on_device.available(each)), None)
-        if device is None:
+        if request.device is None:
             return None
-        recorded = compilers.records(patches)
+        recorded = compilers.records(request.patches)
         why = refusal(self.schedule, self._monitor, recorded=recorded)
         self._runtime.cuda_graphs = RECORDED if recorded else CALLED
         if recorded and why:
             self._runtime.cuda_graphs = f"ops run between CUDA graphs, since {why}"
-        return None if why else PlannedCalls(set(parameters), device, recorded=recorded)
+        return None if why else PlannedCalls(set(request.names), request.device, recorded=recorded)
 
     def _check_schedule(self, root: nn.Module | None) -> None:
         if root is None or root in self._checked:
@@ -246,11 +318,13 @@ class SparseBackend:
         skipped = block is not None and bool(self.schedule.skip_layers) and self.schedule.skips_block(*block)
         return skipped or self.schedule.reason_left_out(name) is not None
 
-    def _cache_key(self, gm: GraphModule, names: dict[int, str], marked: list[list[str]]) -> str:
+    def _cache_key(self, gm: GraphModule, request: _Request, carries: bool) -> str:
         """All that the compiled graph depends on beyond the graph: our source, the schedule, and the names,
         which are in the graph's manifest but in no key of Inductor's."""
         paths = [graph_tools.module_path(node) for node in gm.graph.nodes]
-        parts = [passes.source_hash(), self.schedule.to_dict(), sorted(names.items()), paths, marked]
+        marked = [request.blocks, request.handed_over]
+        names = sorted(request.names.items())
+        parts = [passes.source_hash(), self.schedule.to_dict(), names, paths, marked, carries]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _look_again_after_backward(self, outputs: Any) -> None:

@@ -5,6 +5,10 @@
     needed bool [N]; rows int64 [n], ascending, those that are needed (and up to two more, since n is at least
     2); slots int64 [N], of each row its place among them, or -1.
 
+``backward_rows(token, rows, total, sites) -> rows``
+    a copy of ``rows``, where a backward of these begins: counts them, of ``total``, for linears whose
+    products over them are the graph's own (``passes/own_products.py``).
+
 ``linear_forward(token, x, w, bias, needed, site) -> y``
     the forward of a linear, Y [N, O], of which only some rows are needed. X [N, I], W [O, I], bias [O] or
     None, needed bool [N]. In the place of the others Y holds one that is needed; see ``passes/forward.py``.
@@ -44,6 +48,10 @@ _library.define(
 )
 _library.define("needed_rows(Tensor needed) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
 _library.define("row_slots(Tensor rows, SymInt total) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
+_library.define(
+    "backward_rows(Tensor token, Tensor rows, SymInt total, int[] sites) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 
 
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
@@ -142,3 +150,14 @@ def _row_slots(rows: Tensor, total: int) -> Tensor:
 @torch.library.register_fake("sparse_compile::row_slots")
 def _row_slots_fake(rows: Tensor, total: int) -> Tensor:
     return rows.new_empty(total)
+
+
+@torch.library.impl(_library, "backward_rows", "CompositeExplicitAutograd")
+def _backward_rows(token: Tensor, rows: Tensor, total: int, sites: list[int]) -> Tensor:
+    runtime.carried(token.tolist(), sites, len(rows), total)
+    return rows.clone()
+
+
+@torch.library.register_fake("sparse_compile::backward_rows")
+def _backward_rows_fake(token: Tensor, rows: Tensor, total: int, sites: list[int]) -> Tensor:
+    return torch.empty_like(rows)

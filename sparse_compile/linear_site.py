@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from sparse_compile.settings.sample import Sample
 from sparse_compile.site import Site
 from sparse_compile.telemetry import Observed, Telemetry
 
+if TYPE_CHECKING:
+    from sparse_compile.carried import Carried
+
 # Backwards between two looks for rows that are zero, at most.
 _LONGEST_PAUSE = 7
 
@@ -38,6 +41,7 @@ class LinearSite(Site):
 
     Attributes:
         rotated: where its weight gradient goes if the graph hands it over, or None.
+        carried: what counts its backwards where their products are the graph's own.
         on_device: its forwards on a GPU.
         planned: its backwards on a GPU where they are decided ahead.
     """
@@ -53,6 +57,7 @@ class LinearSite(Site):
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
         self.rotated: RotatedWeight | None = None
+        self.carried: list[Carried] = []
         self.on_device = DeviceForward()
         self.planned: PlannedLinear = PlannedLinear(self)
 
@@ -424,6 +429,8 @@ class LinearSite(Site):
         self.counters.flops_backward += self.rotated.basis.flops(rows) - 2 * rows * outputs * inputs
 
     def settle(self) -> None:
+        for rows in self.carried:
+            rows.settle()
         for on_gpu in (self._device, self.planned):
             zero, skipped, flops = (0, 0, 0) if on_gpu is None else on_gpu.settle()
             self.counters.rows_zero += zero

@@ -225,7 +225,8 @@ class PlannedCalls:
         recorded: whether it is recorded as CUDA graphs.
 
     Attributes:
-        graphs: which graph it runs, for each model and place there that it was called for.
+        graphs: which graph with planned ops it runs, for each model and place there that it was called for.
+        opened: which graph, whatever its ops.
     """
 
     def __init__(self, parameters: Collection[int], device: torch.device, *, recorded: bool = True) -> None:
@@ -235,6 +236,7 @@ class PlannedCalls:
         self.recorded = recorded
         self._first: dict[Hashable, Plan] = {}
         self.graphs: dict[tuple[int, str], int] = {}
+        self.opened: dict[tuple[int, str], int] = {}
 
     def shapes(self, inputs: Sequence[Any]) -> Hashable:
         """What tells batches of different sizes apart."""

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_compile import naming
 from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
+from sparse_compile.carried import Carried
 from sparse_compile.clock import Clock
 from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
@@ -68,6 +69,7 @@ class Lanes:
 
     taken: set[int] = dataclasses.field(default_factory=set)
     step: int = 0
+    graph: int | None = None  # that ran last
 
     def open(self, step: int) -> int:
         """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back."""
@@ -92,6 +94,7 @@ class RunningGraph:
     sites: list[Site]
     lanes: Lanes
     planner: Planner
+    carried: dict[tuple[int, ...], Carried] = dataclasses.field(default_factory=dict)
 
 
 class Runtime:
@@ -170,12 +173,16 @@ class Runtime:
             sites_made = self._make_sites(records, owner)
             planner = Planner(sites_made, [record.call for record in records])
             self._graphs.append(RunningGraph(records, sites_made, lanes, planner))
-        return self.id, number, self._graphs[number].lanes.open(self.clock.step), next(_forwards)
+        graph = self._graphs[number]
+        if graph.lanes.graph != number:
+            graph.lanes.graph = number
+            self._show(graph.records)
+        return self.id, number, graph.lanes.open(self.clock.step), next(_forwards)
 
     def plan(self, calls: PlannedCalls, owner: Owner, inputs: Sequence[Any]) -> Plan:
         """What a forward that is about to begin does."""
         shapes = calls.shapes(inputs)
-        number = calls.graphs.get((self._copy(owner), owner.prefix))
+        number = calls.graphs.get(self.place(owner))
         if number is None:
             return calls.first(shapes)
         graph = self._graphs[number]
@@ -190,7 +197,7 @@ class Runtime:
     def begin(self, token: Token, plan: Plan, calls: PlannedCalls, owner: Owner) -> None:
         """A forward of a plan begins, which may be the first of its graph."""
         graph = self._graphs[token[1]]
-        calls.graphs[self._copy(owner), owner.prefix] = token[1]
+        calls.graphs[self.place(owner)] = token[1]
         if not plan.choices:
             graph.planner.adopt(plan, self.clock.phase, token[2], calls.device)
         graph.planner.begin(plan)
@@ -201,15 +208,23 @@ class Runtime:
         return self._graphs[token[1]].planner.prepare(plan, device)
 
     def note(self, records: list[SiteRecord], saved: list[SavedRecord], owner: Owner) -> list[SiteRecord]:
-        """The records of a graph under their full names, kept for the report; a layer's newest graph wins."""
+        """The records of a graph under their full names, kept for the report; of a layer's graphs the newest
+        one's, or that which ran last."""
         suffix = f"@{self._copy(owner)}" if self._copy(owner) else ""
         records = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in records]
         saved = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in saved]
-        for name in dict.fromkeys(record.name for record in records):
-            self.records[name] = [record for record in records if record.name == name]
+        self._show(records)
         for name in dict.fromkeys(record.name for record in saved):
             self.saved[name] = [record for record in saved if record.name == name]
         return records
+
+    def _show(self, records: list[SiteRecord]) -> None:
+        for name in dict.fromkeys(record.name for record in records):
+            self.records[name] = [record for record in records if record.name == name]
+
+    def place(self, owner: Owner) -> tuple[int, str]:
+        """Which model a callable runs for, and where in it."""
+        return self._copy(owner), owner.prefix
 
     def _copy(self, owner: Owner) -> int:
         """0 for the first model that this backend ran, 1 for its second (a deep copy, say), …"""
@@ -320,6 +335,23 @@ class Runtime:
         graph = self._graphs[token[1]]
         return graph.sites[number], (graph.records[number].call, token[2])
 
+    def carried(self, token: Token, numbers: tuple[int, ...], rows: int, total: int) -> None:
+        """A backward begins of linears with these numbers, of so many rows of the ``total``."""
+        graph = self._graphs[token[1]]
+        self._backward_began(graph, token[2])
+        if numbers not in graph.carried:
+            linears = [(graph.sites[i], graph.records[i]) for i in numbers]
+            graph.carried[numbers] = Carried(
+                [(site, record) for site, record in linears if isinstance(site, LinearSite)]
+            )
+        graph.carried[numbers].count(rows, total)
+
+    def share_carried(self, calls: PlannedCalls, owner: Owner) -> float | None:
+        """The share of its rows that a graph has carried since this was last asked; None if nothing did."""
+        number = calls.opened.get(self.place(owner))
+        carried = () if number is None else self._graphs[number].carried.values()
+        return max((share for each in carried if (share := each.share()) is not None), default=None)
+
     def state_dict(self) -> dict[str, Any]:
         sites = {name: _state_of(site) for name, site in self.sites.items()}
         return {
@@ -361,6 +393,8 @@ def begin(manifest: str, plan: Plan | None = None) -> Token:
         return NO_TOKEN
     runtime, owner, calls = running
     token = runtime.open(manifest, owner)
+    if calls is not None:
+        calls.opened[runtime.place(owner)] = token[1]
     if plan is not None and calls is not None:
         runtime.begin(token, plan, calls, owner)
     return token
@@ -382,6 +416,13 @@ def find(token: Sequence[int], number: int) -> tuple[Site, Use, Phase] | None:
     """Called by every backward op; None if its backend is gone, and all that is left is exact skipping."""
     runtime = _runtimes.get(token[0])
     return None if runtime is None else runtime.find(_token(token), number)
+
+
+def carried(token: Sequence[int], numbers: Sequence[int], rows: int, total: int) -> None:
+    """Called where a backward of few rows begins, if its products are the graph's own."""
+    runtime = _runtimes.get(token[0])
+    if runtime is not None:
+        runtime.carried(_token(token), tuple(numbers), rows, total)
 
 
 def _token(numbers: Sequence[int]) -> Token:

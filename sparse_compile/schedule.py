@@ -212,6 +212,12 @@ class Schedule:
         return self.linear is None and self.blocks is None
 
     @property
+    def is_exact(self) -> bool:
+        """Whether no method is applied anywhere."""
+        methods = (self.linear, self.attention, self.blocks, self.saved_activations, self.weight_gradients)
+        return all(method is None for method in methods)
+
+    @property
     def skips_unneeded(self) -> bool | str:
         """`skip_unneeded`, or False with a method for which every row counts."""
         # What is kept of a sample, and its mean, depends on all of its rows; and a base of entries that are

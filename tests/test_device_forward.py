@@ -41,6 +41,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "_CPU", ())
     monkeypatch.setattr(forward, "_GPU", ("cpu", "cuda"))
     monkeypatch.setattr(forward, "_WORTH_ASKING", 0)
+    monkeypatch.setattr(SparseBackend, "_carries", lambda *_: False)  # tests/test_device_carried.py has that
     monkeypatch.setattr(on_device, "usable", lambda x: x.dtype == torch.float32)
     monkeypatch.setattr(on_device, "available", lambda device: True)
     monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)

@@ -141,10 +141,17 @@ class Tracer:
     Args:
         decompositions: of AOTAutograd; None for none, as ``compiler="aot_eager"`` has it.
         compact: carry the needed rows only.
+        gpu_carries: on a GPU, too.
     """
 
-    def __init__(self, decompositions: Mapping[Any, Any] | None = None, *, compact: bool = False) -> None:
-        self._compact = compact
+    def __init__(
+        self,
+        decompositions: Mapping[Any, Any] | None = None,
+        *,
+        compact: bool = False,
+        gpu_carries: bool = False,
+    ) -> None:
+        self._passes = {"compact": compact, "gpu_carries": gpu_carries}
         self.traces: list[Trace] = []
         self.inference_graphs: list[Graph] = []
         # The passes, as the last graph asked for them.
@@ -161,7 +168,7 @@ class Tracer:
         names = {parameter.position: parameter.name for parameter in naming.find_parameters(gm, inputs)}
         called = list(passes.linears_called(gm, names))
         self.rewrite = functools.partial(
-            passes.rewrite, parameters=names, linears=called, saved=saved, compact=self._compact
+            passes.rewrite, parameters=names, linears=called, saved=saved, **self._passes
         )
 
         def partition(joint: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
