@@ -63,6 +63,8 @@ def compact_rows(
         return {}
     for layout in layouts_of(sites):
         left = {forward: backward for forward, backward in sites.items() if forward not in replaced}
+        if not left:
+            break
         try:
             region = _Region(graph, needed, masks, layout, left)
         except UnknownSize:
@@ -114,15 +116,16 @@ class _Region:
         self._entered: set[Node] = set()  # of these, the gradients that are zero in all other rows
         self._replaced: dict[Node, Node] = {}  # sums over all rows, and the same over few
         self._used: list[Mask] = []
-        self.rows, self.count, self._slots, self._pairs = self._placeholders()
+        device = next(iter(sites)).meta["val"].device
+        self.rows, self.count, self._slots, self._pairs = self._placeholders(device)
 
     # ---- the rows
 
-    def _placeholders(self) -> tuple[Node, Node, Node, list[Node]]:
+    def _placeholders(self, device: torch.device) -> tuple[Node, Node, Node, list[Node]]:
         """rows [n], n, slots [N], and rows as indices of [B, T]; the mask is known when the region is."""
         call = self._masks.call
         n, tokens = self._masks.sizes([self.n, self.tokens])
-        anything = call(aten.full.default, [n], True, dtype=torch.bool, device=torch.device("cpu"))
+        anything = call(aten.full.default, [n], True, dtype=torch.bool, device=device)
         rows = call(torch.ops.sparse_compile.needed_rows.default, anything)
         value = rows.meta["val"]
         bindings = compute_unbacked_bindings(value.fake_mode.shape_env, value)
