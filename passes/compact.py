@@ -36,7 +36,7 @@ from sparse_compile.passes import graph as g
 from sparse_compile.passes.layouts import layouts_of
 from sparse_compile.passes.masks import ALL, Mask, Masks, UnknownSize, is_one
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, compute_unbacked_bindings
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 aten = torch.ops.aten
 
@@ -127,9 +127,7 @@ class _Region:
         n, tokens = self._masks.sizes([self.n, self.tokens])
         anything = call(aten.full.default, [n], True, dtype=torch.bool, device=device)
         rows = call(torch.ops.sparse_compile.needed_rows.default, anything)
-        value = rows.meta["val"]
-        bindings = compute_unbacked_bindings(value.fake_mode.shape_env, value)
-        rows.meta["unbacked_bindings"] = bindings
+        g.unbacked_rows(rows, self.n // 2)
         count = call(aten.sym_size.int, rows, 0)
         slots = call(torch.ops.sparse_compile.row_slots.default, rows, n)
         sample = call(aten.div.Tensor_mode, rows, tokens, rounding_mode="trunc")

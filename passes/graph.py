@@ -13,6 +13,7 @@ import torch
 from torch._decomp import get_decompositions
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile import naming
@@ -232,6 +233,23 @@ def value_of(node: Node) -> Any:
     """What the target of a node gives for the fake tensors of its arguments."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def unbacked_rows(node: Node, about: Any) -> None:
+    """Let a graph know that an op finds out the number of rows of its result when it runs.
+
+    Args:
+        node: the op, whose result is int64 [n].
+        about: how many there may be: what a compiler takes for n where it has to choose between kernels.
+    """
+    value = node.meta["val"]
+    shapes = value.fake_mode.shape_env
+    node.meta["unbacked_bindings"] = compute_unbacked_bindings(shapes, value)
+    rows = value.shape[0]
+    hints = getattr(shapes, "var_to_hint_override", None)
+    if hints is not None and isinstance(rows, torch.SymInt):
+        (about,) = sizes((about,))
+        hints[rows.node.expr] = max(about, 2)
 
 
 def size(graph: Graph, node: Node, dim: int) -> int | Node:

@@ -31,7 +31,6 @@ from sparse_compile.passes import graph as g
 from sparse_compile.passes.masks import Masks
 from sparse_compile.passes.shared_masks import shared
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
 aten = torch.ops.aten
 ours = torch.ops.sparse_compile
@@ -73,18 +72,23 @@ def own_products(
         everything: Any = rows.args[0]
         stands_for = shared([everything, *map(_mask, of_these)])
         entered = _enter(graph, token, rows, total, entries)
-        few: dict[Node, tuple[Node, Node]] = {}
+        by_mask: dict[Node, dict[Node, Node]] = {}
         for forward, backward in of_these.items():
-            mask = stands_for[_mask(forward)]
-            if mask is stands_for[everything]:
-                own_forward(graph, forward)
-                _backward(graph, backward)
-                counted.setdefault(entered, []).append(backward)
-                continue
-            if mask not in few:
-                few[mask] = _few_of(masks, mask, rows)
-            own = _narrow(graph, forward, backward, *few[mask], token, total)
-            counted.setdefault(own, []).append(backward)
+            by_mask.setdefault(stands_for[_mask(forward)], {})[forward] = backward
+        for mask, alike in by_mask.items():
+            counting = entered
+            few = slots = None
+            if mask is not stands_for[everything]:
+                few, slots = _few_of(masks, mask, rows)
+                with graph.inserting_before(first := min(alike.values())):
+                    counting = _count(graph, token, few, total, like=first)
+            counted[counting] = [*alike.values()]
+            for forward, backward in alike.items():
+                if few is None or slots is None:
+                    own_forward(graph, forward)
+                    _backward(graph, backward)
+                else:
+                    _narrow(graph, forward, backward, few, slots, counting)
     return counted
 
 
@@ -148,10 +152,8 @@ def _put(graph: Graph, op: Node, dx: Node | None, dw: Node | None) -> None:
     graph.erase_node(op)
 
 
-def _narrow(
-    graph: Graph, forward: Node, backward: Node, few: Node, slots: Node, token: Node, total: Any
-) -> Node:
-    """A linear over ``few`` of the rows that are carried, and the op that counts them in the backward."""
+def _narrow(graph: Graph, forward: Node, backward: Node, few: Node, slots: Node, entered: Node) -> None:
+    """Compute a linear over ``few`` of the rows that are carried, which are ``entered`` in the backward."""
     _, x, w, bias, *_ = forward.args
     with graph.inserting_before(forward):
         some = _index(graph, x, few, like=forward)
@@ -161,7 +163,6 @@ def _narrow(
     _replace(graph, forward, y)
     _, dy, x, *_ = backward.args
     with graph.inserting_before(backward):
-        entered = _count(graph, token, few, total, like=backward)
         dx, dw = _gradients(
             graph,
             backward,
@@ -178,7 +179,6 @@ def _narrow(
             zero = g.call(graph, aten.full.default, [], 0, like=dx, dtype=value.dtype, device=value.device)
             dx = g.call(graph, aten.where.self, here, dx, zero, like=backward)
     _put(graph, backward, dx, dw)
-    return entered
 
 
 def _index(graph: Graph, x: Any, rows: Node, *, like: Node) -> Node:
@@ -189,8 +189,7 @@ def _few_of(masks: Masks, mask: Node, rows: Node) -> tuple[Node, Node]:
     """Which of the ``rows`` that are carried are in a mask of all, and where each of them is among these."""
     here = masks.call(aten._unsafe_index.Tensor, mask, [rows])
     few = masks.call(ours.needed_rows.default, here)
-    value = few.meta["val"]
-    few.meta["unbacked_bindings"] = compute_unbacked_bindings(value.fake_mode.shape_env, value)
+    g.unbacked_rows(few, g.shape_of(mask)[0] // 8)
     carried = masks.call(aten.sym_size.int, rows, 0)
     return few, masks.call(ours.row_slots.default, few, carried)
 

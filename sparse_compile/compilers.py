@@ -54,6 +54,36 @@ def savable_token() -> contextlib.AbstractContextManager[Any]:
     return config.patch(activation_memory_budget=config.activation_memory_budget or _SMALLEST_BUDGET)
 
 
+@contextlib.contextmanager
+def hints_are_heeded() -> Iterator[None]:
+    """While Inductor compiles: sizes that a graph finds out when it runs are taken to be about as large as
+    the passes say (``graph.unbacked_rows``).
+
+    Of a size without a hint Inductor knows nothing: it then fuses little with what has it, and splits no sum
+    over rows. PyTorch 2.11 keeps such hints, but does not look at them there.
+    """
+    allocator: Any = torch._inductor.sizevars.SizeVarAllocator
+    lowering: Any = torch._inductor.graph.GraphLowering
+    if hasattr(allocator, "all_unbacked_explicitly_hinted"):
+        yield
+        return
+    symbolic_hint, size_hint = allocator.symbolic_hint, lowering.get_dep_size_hint
+
+    def hinted(self: Any, expr: Any, *_: Any, **__: Any) -> Any:
+        return symbolic_hint(self, expr, use_user_provided_hint_override=True)
+
+    def hinted_size(self: Any, dep: Any, count_bytes: bool = True) -> int:
+        with contextlib.suppress(KeyError):  # of what is no tensor
+            return int(dep.numbytes_hint() if count_bytes else dep.numel_hint())
+        return 0
+
+    allocator.symbolic_hint, lowering.get_dep_size_hint = hinted, hinted_size
+    try:
+        yield
+    finally:
+        allocator.symbolic_hint, lowering.get_dep_size_hint = symbolic_hint, size_hint
+
+
 def patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """``torch.compile``'s ``mode`` and ``options`` as settings of Inductor."""
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
@@ -86,7 +116,8 @@ def with_inductor(
     """Compile by Inductor, with these settings."""
     patches = {**patches, "joint_custom_pre_pass": JointPass(rewrite, key)}
     patches.setdefault("joint_custom_post_pass", JointPass(draw_few, key))
-    return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
+    with hints_are_heeded():
+        return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
 
 
 def with_aot_eager(gm: GraphModule, inputs: Sequence[Any], rewrite: Rewrite) -> Compiled:

@@ -17,8 +17,9 @@ from kernels.triton.build import Built
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
 REGISTERS = 255  # that one thread can have
 # Bytes that one thread may spill. To walk over rows takes two accumulators, and K and V in registers: some
-# tiles lack a few for what else they need.
-SPILLED = {"key_gradients": 128}
+# tiles lack a few for what else they need. And two numbers of a program that walks over some magnitudes, as
+# Triton 3.7 builds it.
+SPILLED = {"key_gradients": 128, "largest": 8}
 TENSOR_CORES = {80: ["mma.sync"], 90: ["wgmma.mma_async"]}
 
 
