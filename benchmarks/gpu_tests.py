@@ -32,6 +32,7 @@ TESTS = (
     "tests/kernels/triton/test_largest.py",
     "tests/test_device_linear.py",
     "tests/test_device_forward.py",
+    "tests/test_device_carried.py",
     "tests/test_device_block.py",
     "tests/kernels/triton/test_neighbours.py",
     "tests/test_semi_structured.py",

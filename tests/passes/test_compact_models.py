@@ -31,6 +31,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
+def assert_as_uncompiled(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To the rounding of float64: what decompositions do to a softmax or a norm is in it, too."""
+    assert_equal(found, expected, roundings=2000, noise=20)
+
+
 # Inductor decomposes what it is given, aot_eager leaves it as traced: of some models both are tried.
 BOTH = ("first token, dropout", "every token", "last token, gpt2", "two sequences")
 
@@ -44,29 +49,25 @@ def test_gradients_are_those_of_carrying_all_rows(case, decomposed):
     build, batch = CASES[case]
     model = build()
     table = INDUCTORS() if decomposed else None
-    whole, few = (Tracer(table, compact=compact) for compact in (False, True))
-    found = []
-    for tracer in (whole, few):
+    tracer = Tracer(table, compact=True)
+    found = gradients(model, torch.compile(model, backend=tracer, fullgraph=True), **batch())
+    expected = model
+    if decomposed and "dropout" in case:  # whose random numbers are others than those of eager
         torch._dynamo.reset()
-        found.append(gradients(model, torch.compile(model, backend=tracer, fullgraph=True), **batch()))
-    assert_equal(found[1], found[0])
-    assert counts(whole)[0] == 0
-    assert counts(few) == CARRIED[case]
+        expected = torch.compile(model, backend=Tracer(table), fullgraph=True)
+    assert_as_uncompiled(found, gradients(model, expected, **batch()))
+    assert counts(tracer) == CARRIED[case]
 
 
 @pytest.mark.parametrize(
-    ("case", "decomposed"), [("first token, dropout", True), ("last token, gpt2", False)]
+    ("case", "decomposed"), [("first token", True), ("last token, gpt2", False)]
 )
 def test_gradients_under_dynamic_shapes(case, decomposed):
     build, inputs = CASES[case]
-    model, found = build(), []
-    table = INDUCTORS() if decomposed else None
-    for tracer in (Tracer(table), few := Tracer(table, compact=True)):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=tracer, fullgraph=True, dynamic=True)
-        found.append(gradients(model, compiled, **inputs()))
-    assert_equal(found[1], found[0])
-    assert counts(few) == CARRIED[case]
+    model, tracer = build(), Tracer(INDUCTORS() if decomposed else None, compact=True)
+    compiled = torch.compile(model, backend=tracer, fullgraph=True, dynamic=True)
+    assert_as_uncompiled(gradients(model, compiled, **inputs()), gradients(model, model, **inputs()))
+    assert counts(tracer) == CARRIED[case]
 
 
 def test_heads_as_many_as_tokens():
