@@ -49,7 +49,7 @@ class DeviceLinear:
     Attributes:
         kernel: what its last products ran on.
         needed: the rows that the forward of this backward needed, or None: nobody knows.
-        alive: int32, how many rows had a score in the last draw; for dX, if there was one.
+        alive: int32, how many rows had a score in the last draw of an adaptive share; for dX, if it was drawn.
     """
 
     @classmethod
@@ -184,9 +184,11 @@ class DeviceLinear:
         def choose(tally: Tensor) -> tuple[list[Rows], Tensor]:
             return on_device.drawn(dy, x, k, cap, numbers, for_dx=for_dx, tally=tally, share=share)
 
-        rows, self.alive = self._choose(choose, dy.device)
+        rows, alive = self._choose(choose, dy.device)
+        # What is recorded into a CUDA graph must let go of all that it makes; an adaptive share is not.
+        self.alive = None if share is None else alive
         if share is not None and not isinstance(draw, Tensor):
-            self._live = Later(self.alive[:1])
+            self._live = Later(alive[:1])
         return rows
 
     def _choose(self, choose: Callable[[Tensor], T], device: torch.device) -> T:

@@ -81,9 +81,7 @@ def eager(model: Net) -> dict[str, torch.Tensor]:
     return one_step(model, model)
 
 
-@pytest.mark.parametrize(
-    ("form", "name"), [("default", SOME[1]), *(("planned", name) for name in SOME)]
-)
+@pytest.mark.parametrize(("form", "name"), [("default", SOME[1]), *(("planned", name) for name in SOME)])
 def test_models(name: str, form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients, with many of the forward's rows left out; in the first step and in later ones."""
     if form == "planned":

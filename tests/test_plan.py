@@ -4,6 +4,8 @@ the kernels are interpreted, and every step runs as the one that would be record
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -24,6 +26,9 @@ from planned import (  # noqa: F401
     close,
     replaying,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -39,6 +44,7 @@ from sparse_compile import (
     sparse_backend,
 )
 from sparse_compile.kernels import choice
+from sparse_compile.planned_linear import PlannedLinear
 
 pytestmark = pytest.mark.usefixtures("cuda_attention_on_cpu", "as_on_a_gpu")
 
@@ -190,6 +196,38 @@ def test_layers_that_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
         assert rows["layers.0.mix"] == rows["layers.1.mix"] == 3 * SAMPLES * TOKENS
         found[planned] = [p.grad for p in model.parameters()]
     close(found[True], found[False])
+
+
+class Made(TorchDispatchMode):
+    """Remembers, but does not hold, the tensors that are made in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tensors += [weakref.ref(each) for each in tree_leaves(result) if isinstance(each, Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("name", ["exact", "sample", "sample dW", "reuse"])
+def test_a_launch_lets_go_of_what_it_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a CUDA graph could not be recorded: its memory is used again."""
+    made, launch = Made(), PlannedLinear.launch
+
+    def launched(*args: Any, **options: Any) -> Any:
+        with made:
+            return launch(*args, **options)
+
+    monkeypatch.setattr(PlannedLinear, "launch", launched)
+    run = Run(SCHEDULES[name], monkeypatch, mode="reduce-overhead")
+    for _ in range(2):
+        run()
+        run.model.zero_grad()
+        gc.collect()
+        assert len(made.tensors) > 5
+        assert not [each() for each in made.tensors if each() is not None]
 
 
 def test_where_it_was_found_to_be_slower_a_layer_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,7 @@ def test_gradients_are_those_of_carrying_all_rows(case, decomposed):
     assert counts(tracer) == CARRIED[case]
 
 
-@pytest.mark.parametrize(
-    ("case", "decomposed"), [("first token", True), ("last token, gpt2", False)]
-)
+@pytest.mark.parametrize(("case", "decomposed"), [("first token", True), ("last token, gpt2", False)])
 def test_gradients_under_dynamic_shapes(case, decomposed):
     build, inputs = CASES[case]
     model, tracer = build(), Tracer(INDUCTORS() if decomposed else None, compact=True)
