@@ -49,7 +49,7 @@ class DeviceLinear:
     Attributes:
         kernel: what its last products ran on.
         needed: the rows that the forward of this backward needed, or None: nobody knows.
-        alive: int32, how many rows had a score in the last draw of an adaptive share; for dX, if it was drawn.
+        alive: int32, how many rows had a score in the last draw of an adaptive share; for dX, if drawn.
     """
 
     @classmethod

@@ -26,7 +26,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_compile import naming
 from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
-from sparse_compile.carried import Carried
 from sparse_compile.clock import Clock
 from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
@@ -35,6 +34,7 @@ from sparse_compile.naming import NamedInput, Owner
 from sparse_compile.plan import Plan
 from sparse_compile.planner import PlannedCalls, Planner
 from sparse_compile.rotation import Rotation
+from sparse_compile.running import Lanes, RunningGraph
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
 from sparse_compile.site import Counters, Site
@@ -60,41 +60,6 @@ _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictiona
 _running: contextvars.ContextVar[tuple[Runtime, Owner, PlannedCalls | None] | None] = contextvars.ContextVar(
     "running", default=None
 )
-
-
-@dataclasses.dataclass(slots=True)
-class Lanes:
-    """The forwards in flight of the same layers, through whichever of their graphs (there is one for each
-    kind of input)."""
-
-    taken: set[int] = dataclasses.field(default_factory=set)
-    step: int = 0
-    graph: int | None = None  # that ran last
-
-    def open(self, step: int) -> int:
-        """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back."""
-        if step != self.step:
-            self.taken.clear()
-            self.step = step
-        lane = self.next(step)
-        self.taken.add(lane)
-        return lane
-
-    def next(self, step: int) -> int:
-        """The lane that a forward would be given."""
-        taken = self.taken if step == self.step else ()
-        return next(lane for lane in itertools.count() if lane not in taken)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunningGraph:
-    """One compiled graph as one model runs it, with its sites by number."""
-
-    records: list[SiteRecord]
-    sites: list[Site]
-    lanes: Lanes
-    planner: Planner
-    carried: dict[tuple[int, ...], Carried] = dataclasses.field(default_factory=dict)
 
 
 class Runtime:
@@ -339,18 +304,12 @@ class Runtime:
         """A backward begins of linears with these numbers, of so many rows of the ``total``."""
         graph = self._graphs[token[1]]
         self._backward_began(graph, token[2])
-        if numbers not in graph.carried:
-            linears = [(graph.sites[i], graph.records[i]) for i in numbers]
-            graph.carried[numbers] = Carried(
-                [(site, record) for site, record in linears if isinstance(site, LinearSite)]
-            )
-        graph.carried[numbers].count(rows, total)
+        graph.count_carried(numbers, rows, total)
 
     def share_carried(self, calls: PlannedCalls, owner: Owner) -> float | None:
-        """The share of its rows that a graph has carried since this was last asked; None if nothing did."""
+        """The share of its rows that a graph has carried since this was last asked; None: it carried none."""
         number = calls.opened.get(self.place(owner))
-        carried = () if number is None else self._graphs[number].carried.values()
-        return max((share for each in carried if (share := each.share()) is not None), default=None)
+        return None if number is None else self._graphs[number].share_carried()
 
     def state_dict(self) -> dict[str, Any]:
         sites = {name: _state_of(site) for name, site in self.sites.items()}

@@ -26,17 +26,15 @@ def gradients(model: nn.Module, run: Callable[..., Tensor], *args: Any, **inputs
     return {**found, "loss": loss.detach()}
 
 
-def assert_equal(
-    found: dict[str, Tensor], expected: dict[str, Tensor], *, roundings: int = 100, noise: int = 1
-) -> None:
-    """To so many roundings of each gradient's largest entry, or to ``noise`` of the largest of all: some are
-    zero but for rounding, as the biases of keys."""
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 100 roundings of each gradient's largest entry, or to one of the largest of all: some are zero but
+    for rounding, as the biases of keys."""
     assert found.keys() == expected.keys()
     eps = torch.finfo(DOUBLE).eps
-    least = noise * eps * max(value.abs().max().item() for value in expected.values())
+    noise = eps * max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
         error = (found[name] - value).abs().max().item()
-        assert error <= roundings * eps * value.abs().max().item() + least, name
+        assert error <= 100 * eps * value.abs().max().item() + noise, name
 
 
 def counts(tracer: Tracer) -> tuple[int, int]:
