@@ -99,15 +99,17 @@ def rewrite_forwards(
         replaced = compact_rows(graph, all_needed, masks, ops)
     counted: dict[Node, list[Node]] = {}
     if on_gpu:
+        was = {new: old for old, new in replaced.items()}
         carried = {op: backward for op, backward in ops.items() if op in replaced}
-        counted = own_products(graph, {replaced[op]: replaced[b] for op, b in carried.items()}, masks, token)
+        made = own_products(graph, {replaced[op]: replaced[b] for op, b in carried.items()}, masks, token)
+        counted = {op: [was[backward] for backward in backwards] for op, backwards in made.items()}
+        gone = set().union(*counted.values())
+        kept = {op: backward for op, backward in carried.items() if backward not in gone}
+        replaced = {old: replaced[old] for pair in kept.items() for old in pair}
         left = {own_forward(graph, op): op for op in ops if op not in carried}
         linears = {product: ops[op] for product, op in left.items()}
         masked = {product: wanted[op][1] for product, op in left.items() if _is_worth_it(product)}
-        ops = _rewrite_on_gpu(graph, masked, linears, token)
-        was = {new: old for old, new in replaced.items()}
-        counted = {op: [was[backward] for backward in backwards] for op, backwards in counted.items()}
-        replaced = {}
+        ops = kept | _rewrite_on_gpu(graph, masked, linears, token)
     masks.erase_unused()
     return Forwards(ops, replaced, counted)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from carried import INDUCTORS, LENGTHS, WIDTH, B, Padded, T, assert_equal, batch, gradients
-from sparse_compile.passes import forward, layouts
+from sparse_compile.passes import forward, layouts, own_products
 from torch import Tensor, nn
 from torch.fx import Node
 from tracing import DOUBLE, Model, Tracer, layer
@@ -53,9 +53,10 @@ def found(tracer: Tracer, op: Any) -> list[Node]:
 def carried(tracer: Tracer) -> set[str]:
     """The linears that an op counts; and no other says that its rows are carried."""
     records = tracer.trace.records
-    counted = {records[i].name for op in found(tracer, ops.backward_rows) for i in op.args[3]}
-    assert counted == {record.name for record in records if record.carried}
-    return counted
+    counted = {i for op in found(tracer, ops.backward_rows) for i in op.args[3]}
+    asked = {op.args[4] for op in found(tracer, ops.linear_backward)}
+    assert {i for i, record in enumerate(records) if record.carried and i not in asked} == counted
+    return {records[i].name for i in counted}
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
@@ -143,6 +144,14 @@ def test_what_is_not_carried_is_as_without(monkeypatch: pytest.MonkeyPatch):
     assert not found(tracer, ops.needed_rows)
     assert len(found(tracer, ops.linear_forward_rows)) == 1
     assert len(found(tracer, ops.linear_backward)) == 2
+
+
+def test_where_no_gradient_is_gathered_ops_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_products, "_entries", lambda graph, rows: [])
+    tracer = rewritten(Padded(), *batch())
+    assert carried(tracer) == set()
+    assert len(found(tracer, ops.linear_forward)) == 4
+    assert {op.args[4] for op in found(tracer, ops.linear_backward)} == set(range(len(tracer.trace.records)))
 
 
 def test_a_product_too_small_to_be_asked_is_left_as_it_is():
