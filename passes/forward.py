@@ -79,9 +79,9 @@ def rewrite_forwards(
         compact: let what is between the products carry the needed rows only (``passes/compact.py``).
         gpu_carries: on a GPU, too.
     """
-    products = [each for each in linears if _device(each) in _CPU + _GPU and not each.kwargs]
-    if not gpu_carries:
-        products = [each for each in products if _is_worth_it(each)]
+    carries = _GPU if gpu_carries else ()
+    worth = (each for each in linears if _is_worth_it(each) or _device(each) in carries)
+    products = [each for each in worth if not each.kwargs]
     if not products:
         return Forwards({}, {}, {})
     masks = Masks(graph, after=token, below=below)

@@ -16,8 +16,8 @@ becomes
 
 A linear that needs fewer rows than are carried (a head that reads first tokens, labels of some) gathers
 those, and its result and dX are written out again. How many rows there are is waited for at the head of the
-forward, once for all of it. What counts them, and tells the runtime that a backward began, is one op where
-gradients are gathered first:
+forward, once for each such mask. What counts them, and tells the runtime that a backward began, is one op
+where gradients are gathered first:
 
     backward   rows' = sparse_compile.backward_rows(token, rows, total, sites)
 """

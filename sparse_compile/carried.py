@@ -42,16 +42,10 @@ class Carried:
             return
         for site, record in self._linears:
             _, inputs, outputs = record.shape
-            flops, products = 2 * inputs * outputs, record.flops_backward // record.flops_forward
-            counters = site.counters
-            counters.backwards += self._backwards
-            counters.rows += self._total
-            counters.rows_zero += self._total - self._rows
-            counters.rows_unneeded += self._total - self._rows
-            counters.rows_computed += self._rows
-            counters.flops_forward_dense += self._total * flops
-            counters.flops_forward += self._rows * flops
-            counters.flops_backward_dense += self._total * flops * products
-            counters.flops_backward += self._rows * flops * products
+            left_out, products = self._total - self._rows, record.flops_backward // record.flops_forward
+            site.shape = (self._total, inputs, outputs)  # as one backward of all of them
+            site.count(left_out, [self._rows] * products)
+            site.count_forward(left_out)
+            site.counters.backwards += self._backwards - 1
             site.shape = (self._total // self._backwards, inputs, outputs)
         self._backwards = self._total = self._rows = 0

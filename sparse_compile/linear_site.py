@@ -141,7 +141,7 @@ class LinearSite(Site):
         if same and self._has_no_method(phase) and not self._looks.due():
             # As the last time. To ask all of the below takes 0.1 ms, since none of it is in the cache.
             self.count(n - len(dy), [len(dy)] * ((x is not None) + (w is not None)))
-            self._count_forward(n - len(dy))
+            self.count_forward(n - len(dy))
             return kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         self.shape = (n, inputs, dy.shape[1])
@@ -176,7 +176,7 @@ class LinearSite(Site):
             n - len(dy) + zero,
             [k for k, (_, operand) in zip(computed, wanted, strict=True) if operand is not None],
         )
-        self._count_forward(n - (len(dy) if needed is None else len(needed)))
+        self.count_forward(n - (len(dy) if needed is None else len(needed)))
         if rotating:
             self._count_rotated(computed[1])
         multiply = kernel.backward
@@ -403,7 +403,7 @@ class LinearSite(Site):
             seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
         telemetry.observe(self.name, self.method, seen)
 
-    def _count_forward(self, unneeded: int) -> None:
+    def count_forward(self, unneeded: int) -> None:
         """Take off the rows that the forward of this backward did not compute."""
         _, inputs, outputs = self.shape
         self.counters.rows_unneeded += unneeded

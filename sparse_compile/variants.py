@@ -29,9 +29,7 @@ from sparse_compile.planner import PlannedCalls
 # their gradients would take an H100 some 5 % of a block of a BERT-large, by bytes and FLOPs.
 WORTH_CARRYING = 7 / 8
 _LONGEST_PAUSE = 31  # steps between two that carry
-_NEWEST = (
-    0.25  # what the last batch is to the mean of those before: one full batch among padded ones is no reason
-)
+_NEWEST = 0.25  # weight of the last step in the mean share: one full batch changes nothing
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
