@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
+import interpreter
 import pytest
 
 with warnings.catch_warnings():
@@ -27,6 +28,22 @@ gc.set_threshold(50_000, 10, 10)
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they would get in each other's way
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        interpreter.make_quicker()
+
+
+@pytest.fixture(autouse=True)
+def _overflow(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of a kernel's whole numbers is looked for in the tests of kernels."""
+    if "kernels" in request.path.parts or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with interpreter.no_overflow_is_looked_for():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -71,9 +71,10 @@ def t5() -> nn.Module:
 class MeanOfTokens(nn.Module):
     """A sentence encoder: the mean over the tokens that are none of padding, and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
-        self.encoder = hf.BertModel(hf.BertConfig(**SIZES, **NO_DROPOUT), add_pooling_layer=False)
+        config = hf.BertConfig(**{**SIZES, **NO_DROPOUT, "num_hidden_layers": layers})
+        self.encoder = hf.BertModel(config, add_pooling_layer=False)
         self.head = nn.Linear(32, 3)
         self.train().double()
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from carried import (
     INDUCTORS,
     LENGTHS,
@@ -21,6 +22,7 @@ from carried import (
     counts,
     gradients,
 )
+from padded import classes
 from sparse_compile.passes import layouts
 from torch import Tensor, nn
 from tracing import DOUBLE, Model, Tracer, layer
@@ -350,3 +352,24 @@ def test_many_parts_of_one_tensor():
 
     model = Model(forward, a=layer(WIDTH, 15), b=layer(3, 5))
     assert counts(compile_and_compare(model, *batch())) == (2, 2)
+
+
+def test_heads_as_many_as_tokens():
+    """[B, heads, T, …] then looks like [B, T, …]."""
+    sizes = {"vocab_size": 99, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 20}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = hf.BertConfig(**sizes, **rates, num_hidden_layers=2, max_position_embeddings=12)
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = hf.BertModel(config, add_pooling_layer=False).double()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+            return F.normalize((hidden * attention_mask.unsqueeze(-1)).sum(1)).cos().sum()
+
+    inputs = classes()
+    assert inputs["input_ids"].shape[1] == 12
+    tracer = compile_and_compare(Mean(), inputs["input_ids"], inputs["attention_mask"])
+    assert counts(tracer) == (12, 12)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from joint import calls, trace
 from padded import CASES
 from sparse_compile.passes import forward, shared_masks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparse_compile import Schedule, sparse_backend
+ops = torch.ops.sparse_compile
 
 B, T = 3, 4
 
@@ -88,18 +89,22 @@ def test_a_model_has_a_few_whatever_its_depth(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(forward, "_GPU", ("cpu",))
     monkeypatch.setattr(forward, "_WORTH_ASKING", 0)
     build, batch = CASES[name]
-    model = build().float()
-    layers = next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList))
-    found = []
-    for _ in range(2):
-        torch._dynamo.reset()
-        backend = sparse_backend(Schedule.exact(skip_unneeded="loss"), compiler="aot_eager", debug=True)
-        torch.compile(model, backend=backend)(**batch())
-        graph = backend.graphs[0].after
-        found.append([graph.count(f"sparse_compile.{op}.") for op in ("linear_forward_rows", "needed_slots")])
-        layers.extend([layers[-1]])
-        for each in model.modules():
-            if hasattr(each, "config"):
-                each.config.num_hidden_layers = len(layers)
+
+    def count(more: int) -> list[int]:
+        traced = trace(lambda: deeper(build(), more), batch, decomposed=False)
+        module, _ = traced.rewritten(skip_unneeded="loss")
+        return [len(calls(module, op)) for op in (ops.linear_forward_rows, ops.needed_slots)]
+
+    found = [count(0), count(1)]
     assert found[1][0] > found[0][0]
     assert found[0][1] == found[1][1] <= 5
+
+
+def deeper(model: nn.Module, more: int) -> nn.Module:
+    """A model, the last of whose layers comes so many times more."""
+    layers = next(each for each in model.modules() if isinstance(each, nn.ModuleList))
+    layers.extend([layers[-1]] * more)
+    for each in model.modules():
+        if hasattr(each, "config"):
+            each.config.num_hidden_layers = len(layers)
+    return model
