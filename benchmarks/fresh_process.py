@@ -151,8 +151,13 @@ def _peak_memory(job: Job, preset: Preset) -> dict[str, float]:
     return {"peak_over_model": peak - built, "peak_over_between_steps": peak - between_steps, "peak": peak}
 
 
+PARENT = "benchmarks/step_time.py"
+
+
 def main() -> None:
     """Measure the job given as JSON and print the result as JSON."""
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+        sys.exit(f"This is the process that {PARENT} starts for each measurement: run that one.")
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
     preset = PRESETS[job.preset].resized(**job.sizes)

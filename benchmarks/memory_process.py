@@ -141,8 +141,13 @@ def measure(job: MemoryJob) -> dict[str, float]:
     }
 
 
+PARENT = "benchmarks/memory.py"
+
+
 def main() -> None:
     """Measure the job given as JSON and print the result as JSON."""
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+        sys.exit(f"This is the process that {PARENT} starts for each measurement: run that one.")
     job = MemoryJob(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
     print(json.dumps(measure(job)))

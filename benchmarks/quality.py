@@ -50,9 +50,10 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="Separated by commas: dense, or a method of step_time.py; each with :batch=N, :steps=N or "
-            ":padding=dynamic.",
-            show_default="those of the issue",
+            help="Separated by commas, dense first: dense, exact, reuse:RATIO, sample:KEEP[/clip=C], "
+            "vcas[/solve][/freq=N], prune:RATIO, …, as step_time.py --help lists them; each with :batch=N, "
+            ":steps=N or :padding=dynamic.",
+            show_default="dense, its two rivals, and one or two of each method",
         ),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
@@ -232,7 +233,8 @@ def present(found: Found) -> None:
     found.save()
     console.print(table)
     console.print(
-        "mean ± standard deviation over seeds. training FLOPs: of all linears and attentions, dense = 100 %. "
+        "mean ± standard deviation over seeds. training FLOPs: of all linears and attentions, in the whole "
+        "training, dense = 100 %. "
         f"at equal time: {found.goal} on the curve's samples when the fastest method had ended. to dense's: "
         f"share of the dense run's time after which the mean curve reached its last {found.goal}.",
         style="dim",
@@ -251,7 +253,6 @@ def present(found: Found) -> None:
 def summarise(found: Found, name: str) -> dict[str, Any]:
     """Means over the seeds of one method, and how it compares with dense on a common clock."""
     runs = found.of(name)
-    totals = [run["totals"] for run in runs if run["totals"]]
     speeds = {other: speedup(found, other) for other in found.names}
     curve, dense = mean_curve(found, name), mean_curve(found, DENSE)
     speed = speeds[name]
@@ -267,11 +268,30 @@ def summarise(found: Found, name: str) -> dict[str, Any]:
         "seeds": len(runs),
         **mean_and_std("accuracy", [run["accuracy"] for run in runs]),
         **mean_and_std("loss", [run["loss"] for run in runs]),
-        "flops": statistics.fmean(t["flops"] / t["flops_dense"] for t in totals) if totals else None,
+        "flops": training_flops(found, name),
         "speedup": speed,
         "at_equal_time": at_equal,
         "time_to_dense": reached,
     }
+
+
+def training_flops(found: Found, name: str) -> float | None:
+    """FLOPs of a whole training over those of the dense one, of all linears and attentions; None where the
+    padding is another, so that what a sample costs is not known."""
+    own = dict(OWN.findall(name))
+    if "padding" in own:
+        return None
+    per_sample = [
+        run["totals"]["flops"] / run["totals"]["flops_dense"] for run in found.of(name) if run["totals"]
+    ]
+    if not per_sample and OWN.sub("", name) != DENSE:
+        return None
+    samples = 1.0
+    if "batch" in own:
+        samples *= int(own["batch"]) / found.data["settings"]["batch_size"]
+    if "steps" in own:
+        samples *= int(own["steps"]) / found.data["settings"]["steps"]
+    return samples * (statistics.fmean(per_sample) if per_sample else 1.0)
 
 
 def mean_and_std(name: str, values: list[float]) -> dict[str, float]:

@@ -16,9 +16,10 @@ from fresh_process import Job, measure_all, summarise
 from presets import PRESETS, Preset
 from results import MERIT, ROOT, context, print_tables, write_json
 from rich.console import Console
+from rich.markup import escape
 from timing import interleave
 from tqdm import tqdm
-from variants import DENSE, DENSE_AGAIN, OptimizerName, Variant, make_trainee, parse_methods
+from variants import ALLOWED, DENSE, DENSE_AGAIN, OptimizerName, Variant, make_trainee, parse_methods
 
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE_WIDTH = 124  # of the widest table, where there is no terminal to ask
@@ -36,8 +37,7 @@ def step_time(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="What to time beside dense, separated by commas: exact, reuse:RATIO (then, if wanted, /row, "
-            "/element, /mean, /sample, /refresh=K), eager, eager-resprop:RATIO; '' for dense alone. "
+            help=f"What to time beside dense, separated by commas: {escape(ALLOWED)}; '' for dense alone. "
             "The default is the preset's own."
         ),
     ] = None,

@@ -18,7 +18,7 @@ from sparse_compile.planned_attention import PlannedAttention
 from sparse_compile.schedule import Method, Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
-from sparse_compile.site import Site
+from sparse_compile.site import NOTHING_TO_REUSE, Site
 from sparse_compile.telemetry import Observed, Telemetry
 
 
@@ -111,6 +111,7 @@ class AttentionSite(Site):
         self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Reuse, use: Use
     ) -> tuple[Queries | None, kernel.Gradients]:
         means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        self.recalled(means is not None)
         queries: Queries | None
         if means is None:
             queries = device.live_queries(do, forward)
@@ -126,6 +127,10 @@ class AttentionSite(Site):
             renewed = attention.means_for_rows(do, gradients, self._sample(method, use))
             self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
         return queries, gradients
+
+    @property
+    def layer(self) -> tuple[int, ...]:
+        return self.shape[1::2] if len(self.shape) == 4 else ()
 
     def settle(self) -> None:
         for on_gpu in (self._device, self.planned):
@@ -189,6 +194,7 @@ class AttentionSite(Site):
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
     ) -> kernel.Gradients:
         means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        self.recalled(means is not None)
         if means is None:
             gradients = self._exact(do, forward)
         else:
@@ -210,6 +216,7 @@ class AttentionSite(Site):
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
     ) -> kernel.Gradients:
         means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
+        self.recalled(means is not None)
         written_out = forward.written_out()
         gradients, ds = attention.by_elements(do, written_out, means, method, live)
         self._count(0, self._rows, forward)
@@ -256,6 +263,8 @@ class AttentionSite(Site):
         method = phase.attention
         if self.planned.too_small and not self.left_alone:
             return TOO_SMALL
+        if self.finds_nothing_to_reuse(method):
+            return NOTHING_TO_REUSE
         if not self.shape or method is None or method.keep == 1.0 or self._pays(method):
             return ""
         if self._cannot(method):

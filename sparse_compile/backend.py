@@ -22,6 +22,7 @@ from sparse_compile import compilers, naming, passes, selection
 from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that the passes insert)
 from sparse_compile import pack_ops as _pack_ops  # noqa: F401
 from sparse_compile import planned_ops as _planned_ops  # noqa: F401
+from sparse_compile.checks import wrong
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.kernels import on_device
 from sparse_compile.passes import graph as graph_tools
@@ -240,8 +241,11 @@ class SparseBackend:
         """Continue where ``state_dict()`` was taken; before or after the model was compiled.
 
         Raises:
-            ValueError: the state is of another schedule, or is no state of a backend at all.
+            ValueError: the state is of another schedule or model, or is no state of a backend at all. (Of
+                another model, if none has run yet, only when it does.)
         """
+        if not isinstance(state, Mapping):
+            raise wrong("state", state, "a SparseBackend.state_dict()")
         missing = {"schedule", "seed", "step", "sites", "controller"} - set(state)
         if missing:
             raise ValueError(

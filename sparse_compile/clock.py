@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _PATIENCE = 100  # backwards without any optimizer step, after which something is wrong
 
+_NO_OPTIMIZER = (
+    "no step of a torch.optim optimizer: the schedule stays at step 0. With an optimizer of another kind, "
+    "set `backend.step` after each step."
+)
+
 _clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
@@ -79,11 +84,13 @@ class Clock:
     def backward_began(self) -> None:
         self._backwards += 1
         if self._backwards == _PATIENCE and self.step == 0 and self._waits():
-            warnings.warn(
-                f"{_PATIENCE} backwards and no step of a torch.optim optimizer: the schedule stays at "
-                "step 0. With an optimizer of another kind, set `backend.step` after each step.",
-                stacklevel=2,
-            )
+            warnings.warn(f"{_PATIENCE} backwards and {_NO_OPTIMIZER}", stacklevel=2)
+
+    @property
+    def note(self) -> str:
+        """For the report: why the schedule is still at its beginning, if it is."""
+        waits = self.step == 0 and self._backwards > 1 and self._waits()
+        return f"{self._backwards} backwards and {_NO_OPTIMIZER}" if waits else ""
 
     def _waits(self) -> bool:
         """Whether anything of the schedule depends on the step."""

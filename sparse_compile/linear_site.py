@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,19 +12,18 @@ from sparse_compile.device_forward import DeviceForward, Needed
 from sparse_compile.device_linear import DeviceLinear
 from sparse_compile.kernels import choice
 from sparse_compile.kernels import linear as kernel
+from sparse_compile.linear_counts import Estimates, LinearCounts
 from sparse_compile.looks import Looks
 from sparse_compile.memory import Memory, Use
-from sparse_compile.methods import exact, fidelity, reuse, sample
+from sparse_compile.methods import exact, reuse, sample
 from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
 from sparse_compile.plan import TOO_SMALL
 from sparse_compile.planned_linear import PlannedLinear
-from sparse_compile.rotation import RotatedWeight
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
-from sparse_compile.site import Site
-from sparse_compile.telemetry import Observed, Telemetry
+from sparse_compile.site import NOTHING_TO_REUSE
 
 if TYPE_CHECKING:
     from sparse_compile.carried import Carried
@@ -32,15 +31,11 @@ if TYPE_CHECKING:
 # Backwards between two looks for rows that are zero, at most.
 _LONGEST_PAUSE = 7
 
-# Estimates of dY, the one that dX and the one that dW is computed from.
-Estimates = tuple[Estimate, Estimate]
 
-
-class LinearSite(Site):
+class LinearSite(LinearCounts):
     """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O).
 
     Attributes:
-        rotated: where its weight gradient goes if the graph hands it over, or None.
         carried: what counts its backwards where their products are the graph's own.
         on_device: its forwards on a GPU.
         planned: its backwards on a GPU where they are decided ahead.
@@ -56,7 +51,6 @@ class LinearSite(Site):
         self._looks = Looks(_LONGEST_PAUSE)
         self._nothing_to_ask: tuple[object, ...] | None = None
         self._device: DeviceLinear | None = None
-        self.rotated: RotatedWeight | None = None
         self.carried: list[Carried] = []
         self.on_device = DeviceForward()
         self.planned: PlannedLinear = PlannedLinear(self)
@@ -223,6 +217,8 @@ class LinearSite(Site):
             return "nothing was measured: no batch had two samples or more, of as many rows each"
         if self.planned.too_small and not self.left_alone:
             return TOO_SMALL
+        if self.finds_nothing_to_reuse(phase.linear):
+            return NOTHING_TO_REUSE
         if phase.linear is not None and not self.held_back and not self._pays(phase.linear):
             what = "reuse" if isinstance(phase.linear, Reuse) else "sampling"
             return f"{what} would cost more than it saves at this size and share: only zero rows are skipped"
@@ -230,7 +226,12 @@ class LinearSite(Site):
 
     def keep(self, phase: Phase) -> float:
         method = phase.linear
-        if method is None or self.left_alone or self._has_no_method(phase):
+        if (
+            method is None
+            or self.left_alone
+            or self._has_no_method(phase)
+            or self.finds_nothing_to_reuse(method)
+        ):
             return 1.0
         return round(self.share(method), 6)
 
@@ -239,12 +240,6 @@ class LinearSite(Site):
         if phase is None or phase.linear is None or self.held_back or self.planned.too_small:
             return True
         return self.share(phase.linear) == 1.0 or not self._pays(phase.linear)
-
-    def share(self, method: Reuse | Sample | Adaptive) -> float:
-        """The share that a method keeps at this step; an adaptive one's is of the rows that are not zero."""
-        if isinstance(method, Adaptive):
-            return self.controller.row_share(self.name)
-        return cast(float, method.keep)
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
         """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A GPU
@@ -296,6 +291,7 @@ class LinearSite(Site):
     ) -> tuple[int, Estimates]:
         """Estimate dY by reuse, and remember it as the schedule says."""
         base = self._memory.recall(use, dy, tokens)
+        self.recalled(base is not None)
         if base is None:
             zero, estimates = self._exactly(dy, needed)
         elif self._device is not None and self._device.can_reuse(dy, base, method):
@@ -365,69 +361,6 @@ class LinearSite(Site):
         self._draws += 1
         return sample.Draw(f"{self.seed}/{self.name}/{use}", self._draws - 1)
 
-    def saved(self, share: float, live: int, size: int) -> int:
-        """Of so many rows that are not zero, how many an adaptive share draws; the controller is told what
-        that saves. ``size``: I · O."""
-        k = number_kept(share, live)
-        self.controller.saved(2.0 * (live - k) * size)
-        return k
-
-    def saved_on_device(self, share: float, n: int, live: int, size: int) -> None:
-        """The same of n rows, of which the device knows how many are zero, and the host how many were. For
-        all n, so many are drawn that those of the zero rows have to be taken off what is counted."""
-        k = self.saved(share, min(live, n), size)
-        self.counters.flops_backward -= 2 * (number_kept(share, n) - k) * size
-
-    def cap(self, method: Sample | Adaptive) -> float | None:
-        """The cap on the weights of the rows that are drawn."""
-        return method.clip if isinstance(method, Sample) else self.controller.cap(self.name)
-
-    def observe(
-        self,
-        telemetry: Telemetry,
-        dy: Tensor,
-        x: Tensor | None,
-        w: Tensor | None,
-        estimates: Estimates,
-        found: tuple[kernel.DistinctRows | None, Tensor | None],
-        dw_transposed: bool,
-    ) -> None:
-        """Compare what was found by ``estimates`` that are not exact with the products of the whole of dY,
-        which are ATen's on every device."""
-        (for_dx, for_dw), (dx, dw) = estimates, found
-        seen = {}
-        if dx is not None and w is not None and not _is_exact(for_dx, dy):
-            seen["dX"] = Observed(kernel.written_out(dx), dy @ w, fidelity.energy_kept(dy, for_dx))
-        if dw is not None and x is not None and not _is_exact(for_dw, dy):
-            whole = kernel.weight_gradient(dy, x, transposed=dw_transposed)
-            seen["dW"] = Observed(dw, whole, fidelity.energy_kept(dy, for_dw))
-        telemetry.observe(self.name, self.method, seen)
-
-    def count_forward(self, unneeded: int) -> None:
-        """Take off the rows that the forward of this backward did not compute."""
-        _, inputs, outputs = self.shape
-        self.counters.rows_unneeded += unneeded
-        self.counters.flops_forward -= 2 * unneeded * inputs * outputs
-
-    def count(self, zero: int, computed: list[int], times: int = 1) -> None:
-        """Count a backward with so many zero rows, and so many rows computed in each of its products."""
-        n, inputs, outputs = self.shape
-        flops = 2 * times * outputs * inputs  # of one row in one product
-        self.counters.backwards += times
-        self.counters.rows += times * n
-        self.counters.rows_zero += times * zero
-        self.counters.rows_computed += times * max(computed)
-        self.counters.flops_forward_dense += n * flops
-        self.counters.flops_forward += n * flops
-        self.counters.flops_backward_dense += n * flops * len(computed)
-        self.counters.flops_backward += sum(computed) * flops
-
-    def _count_rotated(self, rows: int) -> None:
-        """Count, in place of a dW of so many rows, the corner of the rotated one."""
-        assert self.rotated is not None
-        _, inputs, outputs = self.shape
-        self.counters.flops_backward += self.rotated.basis.flops(rows) - 2 * rows * outputs * inputs
-
     def settle(self) -> None:
         for rows in self.carried:
             rows.settle()
@@ -456,7 +389,3 @@ class LinearSite(Site):
         self._draws = state.get("draws", 0)
         self._looks.load(state.get("looks", [0, 0]))
         self._live = state.get("live")
-
-
-def _is_exact(estimate: Estimate, dy: Tensor) -> bool:
-    return estimate.exact if isinstance(estimate, Rows) else estimate is dy

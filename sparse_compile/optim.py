@@ -26,8 +26,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_compile import naming, selection
 from sparse_compile.backend import SparseBackend
 from sparse_compile.checks import is_number, near, wrong
+from sparse_compile.patterns import pattern_matches
 from sparse_compile.rotation import Rotation
-from sparse_compile.schedule import pattern_matches
 from sparse_compile.settings.rotate import RotatedTopK
 
 

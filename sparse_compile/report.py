@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ from sparse_compile.sites import SAVED_KINDS, SavedRecord, SiteRecord
 
 if TYPE_CHECKING:
     from sparse_compile.runtime import Runtime
+
+
+LEGEND = """
+keep: share of the rows (or entries) of the output gradient that the method computes. unneeded: rows of the
+forward that no output depends on, and that were left out. zero: rows of the output gradient that were zero,
+and left out. FLOPs: of matrix products, in the mean of all steps so far.
+""".strip()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +123,7 @@ class Report:
         measurements: what a monitor found: how far approximate gradients are from the dense ones, with
             ``to_csv(path)`` and ``to_frame()``. Empty without a monitor.
         cuda_graphs: on a GPU, whether our ops are part of CUDA graphs, or why not; else empty.
+        note: what keeps the schedule from going on; empty if nothing does.
     """
 
     step: int
@@ -124,10 +133,13 @@ class Report:
     saved: tuple[SavedReport, ...] = ()
     measurements: Measurements = dataclasses.field(default_factory=Measurements)
     cuda_graphs: str = ""
+    note: str = ""
 
     @property
     def totals(self) -> dict[str, float]:
-        """Sums over the sites, and ``flops_saved``, the share of ``flops_dense`` that was not computed."""
+        """Sums over the sites: FLOPs per forward and backward of the matrix products (2 for a multiplication
+        and its addition), and ``flops_saved``, the share of ``flops_dense`` that was not computed; ``sites``,
+        and how many of them are ``rewritten``."""
         names = (
             *("flops_forward_dense", "flops_forward", "flops_backward_dense", "flops_backward"),
             *("flops_dense", "flops"),
@@ -139,7 +151,8 @@ class Report:
         return totals
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """JSON types only: the attributes, and ``totals``. Of each site its attributes, ``flops`` and
+        ``flops_dense``."""
         return {
             "step": self.step,
             "schedule": self.schedule.to_dict(),
@@ -149,43 +162,67 @@ class Report:
             "saved": [dataclasses.asdict(kind) for kind in self.saved],
             "measurements": [dataclasses.asdict(row) for row in self.measurements],
             "cuda_graphs": self.cuda_graphs,
+            "note": self.note,
         }
 
     def __str__(self) -> str:
+        if not any(site.calls for site in self.sites):
+            return f"step {self.step}: nothing compiled has run yet that has a gradient.{self._end()}"
+        unit = _unit(max(site.flops_backward_dense for site in self.sites))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("site", "kind", "shape", "method"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("keep", "unneeded", "zero rows", "backward GFLOP", "as run"):
+        for heading in ("keep", "unneeded", "zero", f"backward {unit[0]}", "as run"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("note")
+        notes = _numbered(site.reason for site in self.sites)
         for site in self.sites:
-            table.add_row(*_cells(site))
+            table.add_row(*_cells(site, unit[1]), notes.get(site.reason, site.reason))
         console = Console(
             file=io.StringIO(), width=max(160, max((len(s.name) for s in self.sites), default=0) + 140)
         )
         console.print(table)
+        for note, number in notes.items():
+            console.print(f"{number} {note}", soft_wrap=True, markup=False, highlight=False)
+        console.print(LEGEND, soft_wrap=True, highlight=False)
         if self.saved:
             console.print(_saved_table(self.saved))
         if self.measurements:
             console.print(self.measurements.summary())
-        return f"{self._title()}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join([self._title(), *(line.rstrip() for line in lines)]).rstrip()
 
     def _title(self) -> str:
         totals = self.totals
-        last = f"; s = {self.history[-1]['s']:.2f}" if self.history else ""
-        carried = sum(site.carried for site in self.sites)
-        last += f"; {carried} linears hand on needed rows only" if carried else ""
-        last += f"; {self.cuda_graphs}" if self.cuda_graphs else ""
+        name, unit = _unit(totals["flops_dense"])
+
+        def flops(what: str) -> str:
+            return f"{totals[what] / unit:.3f} of {totals[f'{what}_dense'] / unit:.3f}"
+
         return (
             f"step {self.step}: {totals['rewritten']} of {totals['sites']} sites rewritten; "
-            f"{totals['flops'] / 1e9:.3f} of {totals['flops_dense'] / 1e9:.3f} GFLOP a step "
-            f"({totals['flops_saved']:.0%} saved; forward "
-            f"{totals['flops_forward'] / 1e9:.3f} of {totals['flops_forward_dense'] / 1e9:.3f}, backward "
-            f"{totals['flops_backward'] / 1e9:.3f} of {totals['flops_backward_dense'] / 1e9:.3f}){last}"
+            f"{flops('flops')} {name} a forward and backward ({totals['flops_saved']:.0%} saved; forward "
+            f"{flops('flops_forward')}, backward {flops('flops_backward')}){self._end()}"
+        )
+
+    def _end(self) -> str:
+        carried = sum(site.carried for site in self.sites)
+        return "".join(
+            (
+                f"; s = {self.history[-1]['s']:.2f}" if self.history else "",
+                f"; {carried} linears hand on needed rows only" if carried else "",
+                f"; {self.cuda_graphs}" if self.cuda_graphs else "",
+                f"\n{self.note}" if self.note else "",
+            )
         )
 
 
-def _cells(site: SiteReport) -> tuple[str, ...]:
+def _unit(flops: float) -> tuple[str, float]:
+    """In which to say so many FLOPs, and how many it is."""
+    return ("GFLOP", 1e9) if flops >= 1e8 else ("MFLOP", 1e6)
+
+
+def _cells(site: SiteReport, unit: float) -> tuple[str, ...]:
     return (
         site.name,
         site.kind,
@@ -196,10 +233,15 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
         f"{site.keep:.2f}",
         f"{site.rows_unneeded / site.rows:.0%}" if site.rows else "",
         f"{site.rows_skipped / site.rows:.0%}" if site.rows else "",
-        f"{site.flops_backward_dense / 1e9:.3f}",
-        f"{site.flops_backward / 1e9:.3f}",
-        site.reason,
+        f"{site.flops_backward_dense / unit:.3f}",
+        f"{site.flops_backward / unit:.3f}",
     )
+
+
+def _numbered(notes: Iterable[str]) -> dict[str, str]:
+    """Those that come again and again, each with the number that stands for it in the table."""
+    often = [note for note, times in Counter(filter(None, notes)).items() if times > 2]
+    return {note: f"[{number}]" for number, note in enumerate(often, 1)}
 
 
 def _saved_table(saved: tuple[SavedReport, ...]) -> Table:
@@ -243,6 +285,7 @@ def make_report(schedule: Schedule, runtime: Runtime) -> Report:
         saved=saved,
         measurements=Measurements() if runtime.telemetry is None else runtime.telemetry.measurements(),
         cuda_graphs=runtime.cuda_graphs,
+        note=runtime.clock.note,
     )
 
 

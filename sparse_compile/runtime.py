@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_compile import naming
+from sparse_compile import naming, states
 from sparse_compile.attention_site import AttentionSite
 from sparse_compile.block_site import BlockSite
 from sparse_compile.clock import Clock
@@ -37,7 +37,7 @@ from sparse_compile.rotation import Rotation
 from sparse_compile.running import Lanes, RunningGraph
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
-from sparse_compile.site import Counters, Site
+from sparse_compile.site import Site
 from sparse_compile.sites import SavedRecord, SiteRecord, from_manifest
 from sparse_compile.telemetry import Telemetry
 
@@ -133,9 +133,9 @@ class Runtime:
         if number is None:
             sites, saved = from_manifest(manifest)
             records = self.note(sites, saved, owner)
-            number = self._graph_ids[key] = len(self._graphs)
             lanes = self._lanes.setdefault(tuple(record.name for record in records), Lanes())
             sites_made = self._make_sites(records, owner)
+            number = self._graph_ids[key] = len(self._graphs)
             planner = Planner(sites_made, [record.call for record in records])
             self._graphs.append(RunningGraph(records, sites_made, lanes, planner))
         graph = self._graphs[number]
@@ -214,6 +214,8 @@ class Runtime:
 
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None
+        if self._pending and root is not None and self._copy(owner) == 0:
+            states.check_names(self._pending, root)
         paths = [record.name.partition("@")[0] for record in records]
         attentions = {record.name for record in records if record.kind == "attention"}
         sites = []
@@ -222,7 +224,7 @@ class Runtime:
                 block = naming.block_of(path, root, paths)
                 held_back = self._in_skipped_block(block) or self._negligible(record)
                 kind = "attention" if record.name in attentions else record.kind
-                self._add_site(record.name, kind, path, held_back, block)
+                self._add_site(record.name, kind, path, held_back, block, record.shape)
             if record.handed_over:
                 self._take_gradient(record, path, root)
             sites.append(self.sites[record.name])
@@ -262,7 +264,13 @@ class Runtime:
         return None
 
     def _add_site(
-        self, name: str, kind: str, path: str, held_back: str | None, block: tuple[int, int] | None
+        self,
+        name: str,
+        kind: str,
+        path: str,
+        held_back: str | None,
+        block: tuple[int, int] | None,
+        shape: tuple[int, ...],
     ) -> None:
         make = _KINDS.get(kind, LinearSite)
         site = self.sites[name] = make(
@@ -275,7 +283,7 @@ class Runtime:
             telemetry=self.telemetry,
         )
         if name in self._pending:
-            _load(site, self._pending.pop(name))
+            states.load(site, self._pending.pop(name), shape)
 
     def _seed_of_rank(self) -> int:
         """The seed that this process draws from. Ranks that were seeded alike must not draw alike: the noise
@@ -312,7 +320,7 @@ class Runtime:
         return None if number is None else self._graphs[number].share_carried()
 
     def state_dict(self) -> dict[str, Any]:
-        sites = {name: _state_of(site) for name, site in self.sites.items()}
+        sites = {name: states.state_of(site) for name, site in self.sites.items()}
         return {
             "seed": self.seed,
             "step": self.clock.step,
@@ -329,20 +337,12 @@ class Runtime:
         self.controller.load_state_dict(state["controller"])
         if self.rotation is not None:
             self.rotation.load_state_dict(state["rotation"])
+        for root, suffix in self.models():
+            if not suffix:
+                states.check_names(self._pending, root)
         for name, site in self.sites.items():
             site.seed = self._seed_of_rank()
-            _load(site, self._pending.pop(name, {}))
-
-
-def _state_of(site: Site) -> dict[str, Any]:
-    site.settle()
-    return {**site.state_dict(), "counters": dataclasses.asdict(site.counters)}
-
-
-def _load(site: Site, state: dict[str, Any]) -> None:
-    site.settle()
-    site.counters = Counters(**state.get("counters", {}))
-    site.load_state_dict({key: value for key, value in state.items() if key != "counters"})
+            states.load(site, self._pending.pop(name, {}), site.shape)
 
 
 def begin(manifest: str, plan: Plan | None = None) -> Token:

@@ -11,12 +11,11 @@ Every wrong value is refused with a `ValueError` that names the field, the value
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from fnmatch import fnmatchcase
-from numbers import Integral
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, cast
 
-from sparse_compile.checks import integer, listed, near, one_of, store, wrong
+from sparse_compile.checks import check_keys, integer, listed, near, one_of, store, unknown, wrong
+from sparse_compile.patterns import block_indices, pattern_matches, patterns
 from sparse_compile.phases import Ratio
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.prune import PruneSaved
@@ -39,7 +38,14 @@ METHODS: dict[str, tuple[type[Method], ...]] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """What holds at one step: each method of the schedule with its ratio resolved to a single value."""
+    """What holds at one step: each method of the schedule with its ratio resolved to a single value.
+
+    Attributes:
+        step: optimizer steps taken.
+        fraction: of training that is done, in [0, 1]; 0.0 without ``total_steps``.
+        linear, attention, blocks, saved_activations, weight_gradients: as in :class:`Schedule`, each with one
+            ratio; None is exact.
+    """
 
     step: int
     fraction: float
@@ -72,7 +78,9 @@ class Schedule:
             such as padding that attention masks out. "loss": if its loss does not; what else it returns
             (logits) may hold anything there. (Not with `saved_activations`, nor a `Reuse` of single entries
             in attention.)
-        include: patterns (see `pattern_matches`) of the modules to rewrite; empty means all of them.
+        include: globs of the modules to rewrite; empty means all of them. A glob is compared with every run
+            of neighbouring components of a module's dotted path and takes in all below: "layer.1" selects
+            "enc.layer.1.dense", and not "enc.layer.11.dense"; `*` may cross dots.
         exclude: patterns of the modules to leave alone; stronger than `include`.
         skip_layers: indices of the blocks to leave alone; negative ones count from the last block.
         total_steps: the optimizer steps of the whole training, which start fractions refer to. Needed
@@ -98,9 +106,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for field in METHODS:
             _check_method(field, getattr(self, field))
-        store(self, "include", _patterns("Schedule.include", self.include))
-        store(self, "exclude", _patterns("Schedule.exclude", self.exclude))
-        store(self, "skip_layers", _block_indices(self.skip_layers))
+        store(self, "include", patterns("Schedule.include", self.include))
+        store(self, "exclude", patterns("Schedule.exclude", self.exclude))
+        store(self, "skip_layers", block_indices(self.skip_layers))
         if not isinstance(self.skip_unneeded, bool) and self.skip_unneeded != "loss":
             raise wrong("Schedule.skip_unneeded", self.skip_unneeded, 'True, False or "loss"')
         if self.total_steps is not None:
@@ -121,8 +129,17 @@ class Schedule:
 
         `options` are `include`, `exclude`, `skip_layers`, `skip_unneeded` and `total_steps`.
         """
-        methods: dict[str, Any] = dict.fromkeys(METHODS)
-        return cls(**methods, **options)
+        return cls._with(options, "exact")
+
+    @classmethod
+    def _with(
+        cls, options: dict[str, Any], preset: str, known: Iterable[str] = (), **methods: Any
+    ) -> "Schedule":
+        """A preset's schedule: its methods, and the user's options. (`known` are settings of a method.)"""
+        allowed = [field.name for field in fields(cls) if field.name not in METHODS]
+        for name in set(options) - set(allowed):
+            raise unknown(f"Schedule.{preset}()", name, [*known, *allowed])
+        return cls(**{**dict.fromkeys(METHODS), **methods}, **options)
 
     @classmethod
     def resprop(cls, ratio: float | Sequence[tuple[float, float]] = 0.9, **options: Any) -> "Schedule":
@@ -131,8 +148,14 @@ class Schedule:
         The base is the output gradient of one random sample of the previous iteration; of the difference
         to it, the single entries of largest magnitude are kept. `options` as in `exact`.
         """
+        if isinstance(ratio, str):
+            raise wrong(
+                "Schedule.resprop: ratio",
+                ratio,
+                f"a number in [0, 1), or phases; {ratio} is Reuse({ratio!r})",
+            )
         linear = Reuse(ratio, granularity="element", source="sample")
-        return replace(cls.exact(**options), linear=linear)
+        return cls._with(options, "resprop", linear=linear)
 
     @classmethod
     def vcas(cls, **settings: Any) -> "Schedule":
@@ -140,10 +163,13 @@ class Schedule:
         and rows of the weight gradients are drawn, both as far as the variance allows.
 
         `settings` are those of `Sample.adaptive`, and the options of `exact`.
+
+        Raises:
+            ValueError, TypeError: a setting has a value that is refused, or is not known.
         """
         known = [field.name for field in fields(Adaptive)]
         adaptive = Sample.adaptive(**{name: settings.pop(name) for name in known if name in settings})
-        return replace(cls.exact(**settings), blocks=adaptive, linear=adaptive)
+        return cls._with(settings, "vcas", known, blocks=adaptive, linear=adaptive)
 
     @classmethod
     def c_sharp(
@@ -165,7 +191,8 @@ class Schedule:
         """
         methods = [Reuse(linear), Reuse(attention)]  # an N:M ratio has chosen its granularity by now
         single = [m if m.granularity == "n:m" else replace(m, granularity="element") for m in methods]
-        return replace(cls.exact(skip_layers=skip_layers, **options), linear=single[0], attention=single[1])
+        options = {"skip_layers": skip_layers, **options}
+        return cls._with(options, "c_sharp", linear=single[0], attention=single[1])
 
     @classmethod
     def back_razor(cls, ratio: float = 0.9, **options: Any) -> "Schedule":
@@ -173,17 +200,20 @@ class Schedule:
 
         `options` as in `exact`.
         """
-        return replace(cls.exact(**options), saved_activations=PruneSaved(ratio, as_published=True))
+        return cls._with(options, "back_razor", saved_activations=PruneSaved(ratio, as_published=True))
 
     @classmethod
     def sparse_grad(cls, density: float = 0.01, **settings: Any) -> "Schedule":
         """SparseGrad (Chekalina et al., EMNLP 2024): of the MLPs' weight gradients, 1 % in a rotated basis.
 
         `settings` are those of `RotatedTopK`, and the options of `exact`.
+
+        Raises:
+            ValueError, TypeError: a setting has a value that is refused, or is not known.
         """
         known = [field.name for field in fields(RotatedTopK)]
         own = {name: settings.pop(name) for name in known if name in settings}
-        return replace(cls.exact(**settings), weight_gradients=RotatedTopK(density, **own))
+        return cls._with(settings, "sparse_grad", known, weight_gradients=RotatedTopK(density, **own))
 
     def fraction(self, step: int) -> float:
         """The share of training done after `step` optimizer steps, in [0, 1]; 0.0 without `total_steps`.
@@ -305,7 +335,7 @@ class Schedule:
         """
         if not isinstance(values, Mapping):
             raise wrong("The argument of Schedule.from_dict", values, "a dict as Schedule.to_dict returns")
-        _check_keys("Schedule", values, cls)
+        check_keys("Schedule", values, cls)
         return cls(**{k: _method_from_dict(k, v) if k in METHODS else v for k, v in values.items()})
 
     def _check_ignored(self) -> None:
@@ -338,39 +368,11 @@ class Schedule:
         return {field: getattr(self, field) for field in METHODS}
 
 
-def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether the glob `pattern` selects the module at the dotted `path`, or a module that contains it.
-
-    A pattern is compared (`fnmatch.fnmatchcase`) with every run of neighbouring components of the path:
-    it may begin at any module on the way, and takes in everything below the module it ends at. So
-    "layer.1" selects "enc.layer.1.dense" but not "enc.layer.11.dense". `*` may cross dots.
-    """
-    parts = path.split(".")
-    ends = range(1, len(parts) + 1)
-    return any(fnmatchcase(".".join(parts[start:end]), pattern) for end in ends for start in range(end))
-
-
-def _patterns(field: str, value: object) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) and p for p in patterns):
-        raise wrong(field, value, "a non-empty str or a list of them")
-    return tuple(patterns)
-
-
-def _block_indices(value: object) -> tuple[int, ...]:
-    indices = value if isinstance(value, list | tuple) else (value,)
-    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in indices):
-        raise wrong("Schedule.skip_layers", value, "an int or a list of ints")
-    if len(set(indices)) < len(indices):
-        raise wrong("Schedule.skip_layers", value, "a list of ints without duplicates")
-    return tuple(int(i) for i in indices)
-
-
 def _check_method(field: str, value: object) -> None:
     accepted = METHODS[field]
     if value is None or isinstance(value, accepted):
         return
-    names = [cls.__name__ for cls in accepted]
+    names = [cls.__name__ if cls is not Adaptive else "Sample.adaptive()" for cls in accepted]
     raise wrong(f"Schedule.{field}", value, f"None or {' or '.join(names)}, e.g. {field}={names[0]}(0.9)")
 
 
@@ -381,23 +383,8 @@ def _method_from_dict(field: str, value: object) -> Any:
         return value
     options = dict(value)
     name = one_of(f'Schedule.{field}["method"]', options.pop("method", None), tuple(by_name))
-    _check_keys(f"Schedule.{field}", options, by_name[name])
+    check_keys(f"Schedule.{field}", options, by_name[name])
     return by_name[name](**options)
-
-
-def _check_keys(owner: str, given: Mapping[str, object], cls: type) -> None:
-    """Refuse keys that are no field of the dataclass `cls`, and the lack of one that has no default."""
-    names = [field.name for field in fields(cls)]
-    for key in given:
-        if key not in names:
-            close = near(str(key), names)
-            raise ValueError(
-                f"{owner} has the unknown key {key!r}; near names: {close or 'none'}; "
-                f"allowed are {listed(names)}."
-            )
-    for field in fields(cls):
-        if field.default is field.default_factory is MISSING and field.name not in given:
-            raise ValueError(f"{owner} lacks the key {field.name!r}, which is required.")
 
 
 def _jsonable(value: object) -> Any:

@@ -11,7 +11,13 @@ from typing import Any
 from sparse_compile.controller import Controller
 from sparse_compile.plan import NotPlanned, Planned
 from sparse_compile.schedule import Phase, Schedule
+from sparse_compile.settings.reuse import Reuse
 from sparse_compile.telemetry import Telemetry
+
+NOTHING_TO_REUSE = (
+    "nothing to reuse, so steps are exact: the sequences of the step before had another length. "
+    "Pad to a fixed length."
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,6 +75,12 @@ class Site:
         self.kernel = ""
         self.counters = Counters()
         self.planned: Planned = NotPlanned()
+        self._missed = 0  # backwards in succession that found nothing to reuse
+
+    @property
+    def layer(self) -> tuple[int, ...]:
+        """The sizes of the layer at the last backward, which no batch changes; empty before the first."""
+        return ()
 
     @property
     def density(self) -> float:
@@ -83,6 +95,16 @@ class Site:
         """For the report: why what ``phase`` says is not done at the shape of the last backward, or what
         becomes of the weight gradient; may be empty."""
         return ""
+
+    def recalled(self, found: bool) -> None:
+        """A backward by reuse has found what is to be reused; or not, and is exact."""
+        self._missed = 0 if found else self._missed + 1
+        if not found:
+            self.method = "exact"
+
+    def finds_nothing_to_reuse(self, method: object) -> bool:
+        """Whether it is so again and again: of a first backward it is expected."""
+        return isinstance(method, Reuse) and self._missed > 1
 
     def watched(self) -> Telemetry | None:
         """The telemetry, if the present backward is to be measured."""

@@ -56,6 +56,25 @@ def test_a_loss_is_compared_at_equal_steps_and_at_equal_time(tmp_path: Path) -> 
     assert dense["time_to_dense"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("dense", 1.0),
+        ("dense:batch=16", 0.5),
+        ("dense:batch=8:steps=8", 0.5),
+        ("dense:padding=dynamic", None),
+        ("sample:0.5", 0.5),
+        ("sample:0.5:steps=5", 0.625),
+    ],
+)
+def test_flops_are_those_of_the_whole_training(name: str, flops: float | None, tmp_path: Path) -> None:
+    found = made_up(tmp_path / "x.json", "loss", {name: [[2.0, 1.0]]}, {})
+    found.data["settings"] = {"steps": 4, "batch_size": 32}
+    if name.startswith("dense"):
+        found.data["runs"][0]["totals"] = None
+    assert quality.training_flops(found, name) == flops
+
+
 def test_a_goal_that_is_missed_is_none_and_without_rounds_there_is_no_clock(tmp_path: Path) -> None:
     curves = {"dense": [[0.6, 0.8]], "exact": [[0.6, 0.7]]}
     found = made_up(tmp_path / "x.json", "accuracy", curves, {"dense": [1.0], "exact": [1.0]})

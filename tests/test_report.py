@@ -112,7 +112,7 @@ def test_before_anything_ran():
     assert report.sites == ()
     assert report.to_dict()["sites"] == []
     assert report.totals["flops_saved"] == 0
-    assert "step 0: 0 of 0 sites rewritten" in str(report)
+    assert "nothing compiled has run yet" in str(report)
 
 
 def test_before_any_backward_the_traced_graph_stands_in():
@@ -226,10 +226,49 @@ def test_table_says_what_was_saved():
     mask = torch.zeros(SAMPLES, TOKENS, 1)
     mask[:, :4] = 1
     text = str(run(Schedule.exact(), mask=mask).report())
-    title, *_, up, down = text.splitlines()
-    assert title.startswith("step 0: 2 of 2 sites rewritten; 0.0")
+    title, *lines = text.splitlines()
+    up, down = (next(line for line in lines if line.split()[:1] == [name]) for name in ("up", "down"))
+    assert title.startswith("step 0: 2 of 2 sites rewritten; ")
+    assert " MFLOP a forward and backward" in title
     assert up.split()[:2] == ["up", "linear"]
     assert down.split()[:2] == ["down", "linear"]
     assert "75%" in up
-    assert f"{2 * DOWN / 1e9:.3f}" in down
-    assert f"{2 * DOWN / 4e9:.3f}" in down
+    assert f"{2 * DOWN / 1e6:.3f}" in down
+    assert f"{2 * DOWN / 4e6:.3f}" in down
+    assert all(f"{column}:" in text for column in ("keep", "unneeded", "zero"))
+
+
+def test_before_the_first_step_there_is_no_table():
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
+    assert str(backend.report()) == "step 0: nothing compiled has run yet that has a gradient."
+    compiled = torch.compile(Net(), backend=backend)
+    with torch.no_grad():
+        compiled(torch.randn(SAMPLES, TOKENS, INPUTS))
+    assert "up" not in str(backend.report())
+
+
+def test_a_note_that_many_layers_share_is_written_once():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    backend = run(Schedule(linear=Reuse(0.5), exclude="*"), model=model, x=torch.randn(2, 3, 8))
+    text, (site, *_) = str(backend.report()), backend.report().sites
+    assert site.reason
+    assert text.count(site.reason) == 1
+    assert text.count("[1]") == 5
+
+
+def test_it_says_that_no_optimizer_has_stepped():
+    phases = Schedule(linear=Reuse([(0.0, 0.0), (0.5, 0.5)]), total_steps=10)
+    assert "no step of a torch.optim optimizer" in str(run(phases, backwards=3).report())
+    assert run(phases, backwards=3).report().note.startswith("3 backwards and no step")
+    assert run(Schedule(linear=Reuse(0.5)), backwards=3).report().note == ""
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_reuse_that_finds_nothing_to_reuse_is_said_to_be_exact(steady):
+    backend = sparse_backend(Schedule(linear=Reuse(0.5)), compiler="aot_eager")
+    compiled = torch.compile(Net(), backend=backend, dynamic=True)
+    for length in (TOKENS, TOKENS - 4) * 2:
+        square_loss(compiled(torch.randn(SAMPLES, TOKENS if steady else length, INPUTS))).backward()
+    for site in backend.report().sites:
+        assert (site.method, site.keep) == (("reuse", 0.5) if steady else ("exact", 1.0))
+        assert ("another length" in site.reason) != steady

@@ -188,7 +188,9 @@ def test_an_unknown_option_of_vcas_is_refused():
     "value", [0.5, Reuse(0.9), "sample", True, Sample, {"method": "sample", "keep": 0.5}]
 )
 def test_blocks_take_sampling_only(value):
-    with refused("Schedule.blocks is ", "; allowed is None or Sample or Adaptive, e.g. blocks=Sample(0.9)"):
+    with refused(
+        "Schedule.blocks is ", "; allowed is None or Sample or Sample.adaptive(), e.g. blocks=Sample(0.9)"
+    ):
         Schedule(blocks=value)
 
 

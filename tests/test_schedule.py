@@ -6,8 +6,10 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from sparse_compile.schedule import METHODS, Schedule, pattern_matches
+from sparse_compile.patterns import pattern_matches
+from sparse_compile.schedule import METHODS, Schedule
 from sparse_compile.settings.reuse import Reuse
+from sparse_compile.settings.sample import Sample
 
 DENSE_THEN_REUSE = [(0.0, 0.0), (0.9, 0.25)]
 
@@ -30,7 +32,9 @@ def refused(*parts: str):
 
 @pytest.mark.parametrize("linear", [0.9, "2:4", DENSE_THEN_REUSE, Reuse, {"ratio": 0.9}, True])
 def test_linear_that_is_no_method_is_refused_with_a_hint(linear):
-    with refused("Schedule.linear is ", "None or Reuse or Sample or Adaptive, e.g. linear=Reuse(0.9)"):
+    with refused(
+        "Schedule.linear is ", "None or Reuse or Sample or Sample.adaptive(), e.g. linear=Reuse(0.9)"
+    ):
         Schedule(linear=linear)
 
 
@@ -369,3 +373,34 @@ def test_absent_keys_have_their_defaults(values):
 def test_from_dict_refuses_with_a_sentence(values, parts):
     with refused(*parts):
         Schedule.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: Schedule.vcas(tau=0.1),
+            "Schedule.vcas() has no setting 'tau'; near names: 'act_tau'; allowed are",
+        ),
+        (
+            lambda: Schedule.sparse_grad(sites=1),
+            "Schedule.sparse_grad() has no setting 'sites'; near names: 'sides'",
+        ),
+        (lambda: Schedule.back_razor(inclde="a"), "Schedule.back_razor() has no setting 'inclde'; near"),
+        (
+            lambda: Sample.adaptive(tau=0.1),
+            "Sample.adaptive() has no setting 'tau'; near names: 'act_tau'; allowed",
+        ),
+    ],
+)
+def test_a_setting_that_there_is_not_is_named_with_those_there_are(make, said):
+    with pytest.raises(TypeError) as refused:
+        make()
+    assert str(refused.value).startswith(said)
+
+
+def test_resprop_takes_no_neighbours():
+    with pytest.raises(
+        ValueError, match=r"Schedule.resprop: ratio is '2:4'; allowed is a number .*Reuse\('2:4'\)"
+    ):
+        Schedule.resprop("2:4")

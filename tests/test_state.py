@@ -145,3 +145,42 @@ def test_state_with_an_impossible_step_is_refused():
     with pytest.raises(ValueError, match="is -1; allowed is an int >= 0"):
         backend.load_state_dict({**backend.state_dict(), "step": -1})
     assert backend.step == 0
+
+
+def test_what_is_no_state_is_refused():
+    with pytest.raises(ValueError, match="state is None; allowed is a SparseBackend"):
+        Run(SCHEDULES["row"]).backend.load_state_dict(None)
+
+
+class Stack(torch.nn.Sequential):
+    def __init__(self, layers, width):
+        super().__init__(*(torch.nn.Linear(width, width) for _ in range(layers)))
+
+
+@pytest.mark.parametrize("when", ["before it runs", "after"])
+@pytest.mark.parametrize(
+    ("layers", "width", "said"),
+    [
+        (2, 4, "it has a layer '2', which this one lacks"),
+        (3, 8, r"sizes of '\d' are \(4, 4\) there, and \(8, 8\) here"),
+    ],
+)
+def test_state_of_another_model_is_refused(layers, width, said, when):
+    def run(model, backend, x):
+        compiled = torch.compile(model, backend=backend)
+        for _ in range(2):
+            square_loss(compiled(x)).backward()
+
+    first, second = (sparse_backend(SCHEDULES["row"], compiler="aot_eager") for _ in range(2))
+    run(Stack(3, 4), first, torch.randn(2, 5, 4))
+    model, x = Stack(layers, width), torch.randn(2, 5, width)
+    state = first.state_dict()
+    refused = pytest.raises(ValueError, match=f"^state is of another model: {said}")
+    if when == "after":
+        run(model, second, x)
+        with refused:
+            second.load_state_dict(state)
+    else:
+        second.load_state_dict(state)
+        with refused:
+            run(model, second, x)

@@ -19,8 +19,10 @@ class SparseCompileCallback(transformers.TrainerCallback):
 
     ::
 
-        trainer = Trainer(model=torch.compile(model, backend=backend), …)
+        model.compile(backend=backend)  # in place, so the Trainer still sees the model's own forward
+        trainer = Trainer(model=model, …)
         SparseCompileCallback.attach(trainer, backend)
+        trainer.train()
 
     Logged are ``sparse_compile/flops_ratio`` (forward and backward of all linears and attentions, as run over
     dense, since the start) and, of the last measurement of adaptive sampling, ``s``, ``sgd_variance``,

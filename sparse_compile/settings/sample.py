@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from sparse_compile.checks import is_number, one_of, store, wrong
+from sparse_compile.checks import is_number, one_of, store, unknown, wrong
 from sparse_compile.phases import KeepPhases, parse_keep
 from sparse_compile.settings.adaptive import Adaptive
 
@@ -56,7 +56,21 @@ class Sample:
 
     @staticmethod
     def adaptive(**settings: Any) -> Adaptive:
-        """Sampling that is controlled by its variance; the settings are those of `Adaptive`."""
+        """Sampling that is controlled by its variance, as VCAS does it (Wang et al., ICLR 2024, algorithm 1).
+
+        As a `Schedule.blocks` it drops whole samples between blocks, as a `Schedule.linear` it draws rows for
+        the weight gradients. `settings`, with their defaults: `act_tau=0.025` and `weight_tau=0.025`, the
+        variance that each may add, as a share of SGD's own; `cal_var_freq=100`, steps between two
+        measurements; `update="step"`, or "solve", which goes at once to what a measurement allows;
+        `s_step=0.01`, `ratio_step=0.95`, `smoothing=0.6`, how fast "step" goes; `clip=None`, a cap on the
+        weights of drawn rows, or "auto"; `where=None`, which modules are the blocks.
+
+        Raises:
+            ValueError, TypeError: a setting has a value that is refused, or is not known.
+        """
+        known = [field.name for field in fields(Adaptive)]
+        for name in set(settings) - set(known):
+            raise unknown("Sample.adaptive()", name, known)
         return Adaptive(**settings)
 
     @property
