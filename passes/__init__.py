@@ -24,6 +24,7 @@ from sparse_compile.passes.forward import rewrite_forwards
 from sparse_compile.passes.hand_over import hand_over
 from sparse_compile.passes.leftovers import linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
+from sparse_compile.passes.needed import has_own_gradients
 from sparse_compile.passes.plan import plan_ops
 from sparse_compile.passes.saved import pack_saved
 from torch.fx import Graph, Node
@@ -32,7 +33,7 @@ from sparse_compile import naming, sites
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.sites import SavedRecord, SiteRecord, to_manifest
 
-__all__ = ["Block", "linears_called", "mark_blocks", "rewrite", "source_hash"]
+__all__ = ["Block", "has_own_gradients", "linears_called", "mark_blocks", "rewrite", "source_hash"]
 
 
 def rewrite(

@@ -98,7 +98,7 @@ def find_chains(graph: Graph) -> Iterator[tuple[Node, Node]]:
     for scores in list(g.products(graph, backward=False)):
         if len(g.shape_of(scores)) != 3:
             continue
-        softmaxes = {node for node in _below(scores) if _softmax_input(node) is not None}
+        softmaxes = {node for node in below(scores) if _softmax_input(node) is not None}
         outs = [out for node in softmaxes for out in _products_below(node)]
         if outs:
             yield scores, outs[0]
@@ -135,7 +135,7 @@ def steps_between(scores: Node, out: Node) -> tuple[list[Node], Node, list[tuple
     Raises:
         NoMatch: with the reason, if a step is not one that we know.
     """
-    between = _below(scores)
+    between = below(scores)
     node = g.operands(out)[0]
     after, before = [], []
     while (x := _softmax_input(node)) is None:
@@ -228,7 +228,7 @@ def _softmax_input(node: Node) -> Node | None:
     return x if dims and largest.args[0] is x and all(dim in last for dim in dims) else None  # type: ignore
 
 
-def _below(start: Node) -> set[Node]:
+def below(start: Node) -> set[Node]:
     """The forward nodes computed from a node, up to the next matrix products."""
     found: set[Node] = set()
     stack = [start]
@@ -246,7 +246,7 @@ def _ends_search(node: Node) -> bool:
 
 def _products_below(start: Node) -> list[Node]:
     """The batched products whose first matrix comes from a node, in graph order."""
-    sources = {start, *_below(start)}
+    sources = {start, *below(start)}
     return [
         product
         for product in g.products(start.graph, backward=False)

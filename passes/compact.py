@@ -201,7 +201,8 @@ class _Region:
 
     def _entries(self) -> set[Node]:
         """Gradients of the region's tensors that come from ops outside of it: the last that autograd has made
-        for such an op, if the op has read one tensor with rows, and that is in the region."""
+        for such an op, if of all that the op has read one tensor alone can have a gradient, and that is in
+        the region. (An op that autograd does not see, under no_grad, has the number of the one before.)"""
         forward, backward = ({}, {})  # type: tuple[dict[int, list[Node]], dict[int, list[Node]]]
         for node in self._nodes:
             if node.op == "call_function" and "seq_nr" in node.meta:
@@ -209,10 +210,12 @@ class _Region:
                 side.setdefault(node.meta["seq_nr"], []).append(node)
         found = set()
         for number, nodes in forward.items():
-            read = {x for node in nodes for x in node.all_input_nodes if self._has_gradient_rows(x)}
+            read = {x for node in nodes for x in node.all_input_nodes if self._may_have_gradient(x)}
             sources = read.difference(nodes)
             if len(sources) == 1 and any(node not in self for node in nodes):
                 (x,) = sources
+                if not self.lead(g.shape_of(x)):
+                    continue
                 gradients = [
                     node
                     for node in backward.get(number, [])
@@ -221,10 +224,8 @@ class _Region:
                 found.update(gradients[-1:] if x in self else [])
         return found
 
-    def _has_gradient_rows(self, x: Node) -> bool:
-        if not g.is_tensor(x) or self._masks.at_hand(x) or not x.meta["val"].dtype.is_floating_point:
-            return False
-        return self.lead(g.shape_of(x)) > 0
+    def _may_have_gradient(self, x: Node) -> bool:
+        return g.is_tensor(x) and not self._masks.at_hand(x) and x.meta["val"].dtype.is_floating_point
 
     def _try(self, node: Node) -> None:
         rule = rules.RULES.get(node.target)
@@ -236,7 +237,8 @@ class _Region:
     # ---- for rules
 
     def __contains__(self, node: Any) -> bool:
-        return node in self._compact or node in self._gathered
+        # What is computed from inputs alone has all of its rows, whoever has gathered some of them.
+        return node in self._compact or (node in self._gathered and not self._masks.fixed(node))
 
     def has_site(self, backward: Node) -> bool:
         """Whether a ``linear_backward`` is that of a linear in the region."""

@@ -217,7 +217,8 @@ def _embedding(region: _Region, node: Node) -> None:
 @_rule(aten.embedding_dense_backward.default)
 def _embedding_gradient(region: _Region, node: Node) -> None:
     dy, ids, *rest = node.args
-    if region.is_zero_elsewhere(dy):
+    by_frequency = g.arguments(node)["scale_grad_by_freq"]  # of the ids in all rows
+    if region.is_zero_elsewhere(dy) and not by_frequency:
         few = region.gather(ids, like=node)  # type: ignore[arg-type]
         region.replace(node, region.emit(node.target, region.of(dy), few, *rest, like=node))  # type: ignore[arg-type]
 

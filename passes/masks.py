@@ -47,7 +47,6 @@ class Masks:
             if self._from_inputs(node) and self._at_hand.issuperset(node.all_input_nodes):
                 self._at_hand.add(node)
         tensors = [node.meta["val"] for node in graph.find_nodes(op="placeholder") if g.is_tensor(node)]
-        self._device = tensors[0].device
         self._fake_mode = getattr(tensors[0], "fake_mode", None) or contextlib.nullcontext()
         self._symbols = {
             str(node.meta["val"]): node
@@ -128,11 +127,12 @@ class Masks:
         contiguous = self.call(aten.clone.default, mask, memory_format=torch.contiguous_format)
         return self.call(aten.view.default, contiguous, self.sizes(result))
 
-    def positions(self, size: Any, dim: int, rank: int) -> Node:
-        """0, 1, … along one dimension of a tensor of so many."""
+    def positions(self, size: Any, dim: int, like: Node) -> Node:
+        """0, 1, … along one dimension of a tensor of as many, where that is."""
         (end,) = self.sizes([size])
-        count = self.call(aten.arange.start_step, 0, end, dtype=torch.int64, device=self._device)
-        mask = self.unsqueeze(count, *(other for other in range(rank) if other != dim))
+        device = like.meta["val"].device
+        count = self.call(aten.arange.start_step, 0, end, dtype=torch.int64, device=device)
+        mask = self.unsqueeze(count, *(other for other in range(like.meta["val"].dim()) if other != dim))
         assert isinstance(mask, Node)
         return mask
 

@@ -32,9 +32,17 @@ from sparse_compile.passes import visible
 from sparse_compile.passes.masks import ALL, Mask, Masks, UnknownSize, is_one
 from sparse_compile.passes.needed_rules import Known, keeps_rows_apart, of_operands
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
+
+
+def has_own_gradients(gm: GraphModule) -> bool:
+    """Whether a Dynamo graph holds an ``autograd.Function``. Its gradient is what its author says, and need
+    not be zero in rows that its result does not depend on (a straight-through mask): all rows are needed."""
+    function = torch.ops.higher_order.autograd_function_apply
+    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
+    return any(graph.find_nodes(op="call_function", target=function) for graph in graphs)
 
 
 def rows_needed(

@@ -217,6 +217,8 @@ def _slice(known: Known, node: Node, mask: Mask) -> Needs:
         yield x, mask
         return
     start, end = given["start"] or 0, given["end"]
+    if isinstance(start, int) and isinstance(size, int) and start < 0:
+        start = max(0, start + size)  # it may begin before the first
     last = end - 1 if isinstance(end, int) and isinstance(size, int) and end <= size else -1
     yield x, _within(known, known.masks.any_over(mask, [dim]), x, dim, start, last)
 
@@ -227,7 +229,7 @@ def _within(known: Known, mask: Mask, x: Node, dim: int, first: Any, last: Any) 
     if not all(isinstance(end, int) and (end >= 0 or isinstance(size, int)) for end in ends):
         return mask
     first, last = (end % size if end < 0 else end for end in ends)
-    position = known.masks.positions(size, dim, len(g.shape_of(x)))
+    position = known.masks.positions(size, dim, like=x)
     mask = known.masks.both(mask, known.masks.call(aten.ge.Scalar, position, first))
     return known.masks.both(mask, known.masks.call(aten.le.Scalar, position, last))
 

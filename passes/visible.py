@@ -41,7 +41,8 @@ class Chain:
 
 
 def find(graph: Graph) -> Iterator[Chain]:
-    """The chains of a graph whose every step is known, and whose scores are one product."""
+    """The chains of a graph whose every step is known, whose scores are one product, and of which nothing
+    else in the forward reads what lies between: that would need rows of K that the result does not."""
     pairs = list(attention_chain.find_chains(graph))
     outs = Counter(out for _, out in pairs)
     for scores, out in pairs:
@@ -51,7 +52,27 @@ def find(graph: Graph) -> Iterator[Chain]:
             _, _, steps = attention_chain.steps_between(scores, out)
         except NoMatch:
             continue
-        yield _chain(scores, out, [step for step, _ in steps])
+        if _is_closed(scores, out):
+            yield _chain(scores, out, [step for step, _ in steps])
+
+
+def _is_closed(scores: Node, out: Node) -> bool:
+    between, stack = {scores}, [out]
+    below = attention_chain.below(scores)
+    while stack:
+        new = [x for x in stack.pop().all_input_nodes if x in below and x not in between]
+        between.update(new)
+        stack.extend(new)
+    return all(
+        reader in between or reader is out or _is_for_backward(reader)
+        for node in between
+        for reader in node.users
+    )
+
+
+def _is_for_backward(node: Node) -> bool:
+    """Whether the backward alone reads a node, which may be in the forward itself."""
+    return g.is_backward(node) or (bool(node.users) and all(map(_is_for_backward, node.users)))
 
 
 def _chain(scores: Node, out: Node, steps: list[Node]) -> Chain:
@@ -88,7 +109,7 @@ def keys_of_fused(masks: Masks, rows: Mask, query: Node, key: Node, bias: Any, *
     """Of the rows [B, H, T, 1] that are needed of a fused attention's result, what is needed of K and V."""
     seen = ALL if bias is None else _unmasked(masks, bias)
     if causal:
-        t, u = (masks.positions(g.shape_of(x)[2], dim, 4) for x, dim in ((query, 2), (key, 3)))
+        t, u = (masks.positions(g.shape_of(x)[2], dim, like=query) for x, dim in ((query, 2), (key, 3)))
         seen = masks.both(seen, masks.call(aten.ge.Tensor, t, u))
     keys = _keys(masks, rows, seen)
     # Keys and values may be shared by several heads of queries.

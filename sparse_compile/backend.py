@@ -173,6 +173,7 @@ class SparseBackend:
             carries: whether it carries the needed rows alone on a GPU, too.
         """
         planned = self._planned_calls(request)
+        skip_unneeded = not passes.has_own_gradients(gm) and self.schedule.skips_unneeded
 
         def rewrite(graph: Graph) -> None:
             before = dump(graph) if self._debug else ""
@@ -184,7 +185,7 @@ class SparseBackend:
                 self.schedule.saved_activations,
                 request.handed_over,
                 dx_whole=self.schedule.linears_are_exact,
-                skip_unneeded=self.schedule.skips_unneeded,
+                skip_unneeded=skip_unneeded,
                 # What reuse remembers has a row for every token.
                 compact=not isinstance(self.schedule.linear, Reuse),
                 gpu_carries=carries,

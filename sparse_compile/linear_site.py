@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 # Backwards between two looks for rows that are zero, at most.
 _LONGEST_PAUSE = 7
 
+# Forwards that wait for their backwards whose rows are remembered; those of others are looked for again. (In
+# a validation without no_grad none ever has a backward.)
+_MOST_IN_FLIGHT = 16
+
 
 class LinearSite(LinearCounts):
     """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O).
@@ -78,7 +82,8 @@ class LinearSite(LinearCounts):
         if rows is None or len(rows) > kernel.DENSE_SHARE * len(x):
             self._needed.pop(use, None)
             return torch.nn.functional.linear(x, w, bias)
-        self._needed[use] = forward, rows
+        if use[1] < _MOST_IN_FLIGHT:
+            self._needed[use] = forward, rows
         return kernel.forward(x, w, bias, rows)
 
     def linear_backward(

@@ -117,6 +117,8 @@ class Planner:
             of_case.settled = None
             oldest.programs.found.clear()
             oldest.gone = True
+            if not of_case.plans:
+                self._cases = {key: kept for key, kept in self._cases.items() if kept is not of_case}
 
     def adopt(self, plan: Plan, phase: Phase, lane: int, device: torch.device) -> None:
         """Decide for a plan that was made before the graph was known."""

@@ -258,7 +258,7 @@ class Runtime:
             return f"under {_NEGLIGIBLE:.0%} of the FLOPs of a mean site: only zero rows are skipped"
         rows, share = _FEW_ROWS
         most = max((each.shape[0] for each in seen if each.kind == "linear"), default=0)
-        few = record.kind == "linear" and record.shape[0] <= rows * most
+        few = record.kind == "linear" and record.rewritten and record.shape[0] <= rows * most
         if few and record.flops_backward < share * sum(flops):
             return f"few rows, and under {share:.1%} of the FLOPs: only zero rows are skipped"
         return None

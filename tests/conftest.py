@@ -11,6 +11,11 @@ from collections.abc import Iterator
 import interpreter
 import pytest
 
+# Else Inductor builds and loads a library for each set of instructions, in each new cache: 20 s a time.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# And starts processes to compile in, each of which imports PyTorch, where the tests' own are busy already.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 with warnings.catch_warnings():
     # torch.utils.mkldnn, which Inductor imports, still declares itself with `torch.jit.script_method`.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
