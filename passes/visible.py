@@ -71,8 +71,11 @@ def _is_closed(scores: Node, out: Node) -> bool:
 
 
 def _is_for_backward(node: Node) -> bool:
-    """Whether the backward alone reads a node, which may be in the forward itself."""
-    return g.is_backward(node) or (bool(node.users) and all(map(_is_for_backward, node.users)))
+    """Whether no result of the forward depends on a reader: the backward alone does, or nothing any more."""
+    if g.is_backward(node) or not node.users:
+        return node.op != "output"
+    same = node.target in (aten.detach.default, aten.alias.default)  # as it is saved
+    return same and all(map(_is_for_backward, node.users))
 
 
 def _chain(scores: Node, out: Node, steps: list[Node]) -> Chain:
