@@ -35,10 +35,8 @@ def train(site: AttentionSite, method: Reuse | Sample, steps: int = 4) -> list[s
 def test_where_it_is_slower_than_dense_the_site_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, method = Timed(monkeypatch, chosen=1.5), METHODS[name]
     site, phase = AttentionSite("layer"), Schedule(attention=method).at(0)
-    # Reuse has no means yet in the first backward, and its dO is compared exactly.
-    assert train(site, method) == [name] * (2 if name == "reuse" else 1) + ["exact"] * (
-        2 if name == "reuse" else 3
-    )
+    # Reuse has no means yet in the first backward.
+    assert train(site, method) == ["exact"] * (name == "reuse") + [name] + ["exact"] * (2 + (name != "reuse"))
     assert clock.questions == 1
     assert site.keep(phase) == 1.0
     what = "reuse" if name == "reuse" else "sampling"
@@ -55,7 +53,7 @@ def test_where_it_is_slower_than_dense_the_site_is_exact(name: str, monkeypatch:
 def test_where_it_is_faster_rows_are_chosen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, method = Timed(monkeypatch, chosen=0.9), METHODS[name]
     site, phase = AttentionSite("layer"), Schedule(attention=method).at(0)
-    assert train(site, method) == [name] * 4
+    assert train(site, method) == ["exact" if name == "reuse" else name] + [name] * 3
     assert clock.questions == 1
     assert site.note(phase) == ""
     assert site.keep(phase) == 0.25

@@ -94,7 +94,8 @@ def test_ranks_agree_on_the_phase(ranks: list[dict[str, Any]]) -> None:
     for number, taken in enumerate(first):
         assert taken["step"] == number + 1
         reusing = {name for name, method in taken["methods"].items() if method == "reuse"}
-        assert reusing == (LINEARS if number >= 2 else set())
+        # The phase begins with the third step, which has nothing to reuse yet.
+        assert reusing == (LINEARS if number >= 3 else set())
 
 
 def test_each_rank_has_bases_of_its_own(ranks: list[dict[str, Any]]) -> None:
