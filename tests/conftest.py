@@ -13,8 +13,6 @@ import pytest
 
 # Else Inductor builds and loads a library for each set of instructions, in each new cache: 20 s a time.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-# And starts processes to compile in, each of which imports PyTorch, where the tests' own are busy already.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 with warnings.catch_warnings():
     # torch.utils.mkldnn, which Inductor imports, still declares itself with `torch.jit.script_method`.
@@ -25,6 +23,8 @@ with warnings.catch_warnings():
         # Our Triton kernels then run in numpy, on CPU tensors. It has to be said before Triton is imported,
         # and Inductor imports it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        # And Inductor starts no processes to compile in: the tests' own keep the CPU busy.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import torch._inductor.compile_fx
 
 # Of the millions of objects that tracing makes few refer to each other in circles: to look for those takes a
@@ -35,16 +35,20 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they wou
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quick_interpreter() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    if _interprets():
         interpreter.make_quicker()
 
 
 @pytest.fixture(autouse=True)
 def _overflow(request: pytest.FixtureRequest) -> Iterator[None]:
     """Of a kernel's whole numbers is looked for in the tests of kernels."""
-    if "kernels" in request.path.parts or importlib.util.find_spec("triton") is None:
+    if "kernels" in request.path.parts or not _interprets():
         yield
         return
     with interpreter.no_overflow_is_looked_for():

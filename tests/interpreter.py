@@ -1,7 +1,8 @@
 """Triton's interpreter, made quicker: tests spend more time in it than in the kernels that it runs.
 
 It replaces the whole of ``triton.language`` when a kernel is launched, and once more at every call of a
-function in it, for every program of the grid. With this, not again what was replaced in the same launch.
+function in it, for every program of the grid; and puts it back after the launch. With this it is replaced once,
+and stays so: a process in which kernels are interpreted builds none.
 """
 
 from __future__ import annotations
@@ -11,34 +12,46 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_seen: set[int] = set()  # the modules (their globals) whose language is replaced in this launch
+
+class _Replaced:
+    """What is asked to put the language back."""
+
+    def restore(self) -> None:
+        pass
 
 
 def make_quicker() -> None:
     from triton.runtime import interpreter
 
-    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
-    interpreter.GridExecutor.__call__ = _launch(interpreter.GridExecutor.__call__)
+    interpreter._patch_lang = _once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
 
 
-def _once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def patch_lang(function: Any) -> Any:
-        """What is returned is asked for at the head of a launch only, which is never seen."""
-        module = id(function.__globals__)
-        if module in _seen:
-            return None
-        _seen.add(module)
-        return patch(function)
+def _once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    seen: set[int] = set()  # of the modules that see the language, their names
+
+    def patch_lang(function: Any) -> _Replaced:
+        names = id(function.__globals__)
+        if names not in seen:
+            seen.add(names)
+            patch(function)
+        return _Replaced()
 
     return patch_lang
 
 
-def _launch(call: Callable[..., Any]) -> Callable[..., Any]:
-    def launch(*args: Any, **options: Any) -> Any:
-        _seen.clear()
-        return call(*args, **options)
+def _remembered(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    found: dict[Any, Any] = {}
 
-    return launch
+    def dtype(of: Any) -> Any:
+        """NumPy's for Triton's; a pointer's cannot be remembered."""
+        if of.__hash__ is None:
+            return find(of)
+        if of not in found:
+            found[of] = find(of)
+        return found[of]
+
+    return dtype
 
 
 @contextmanager

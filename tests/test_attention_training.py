@@ -68,9 +68,9 @@ def attentions(backend: SparseBackend) -> list[Any]:
 
 
 @pytest.mark.parametrize("core", [fused, chain])
-@pytest.mark.parametrize("refresh_every", [1, 3])
 @pytest.mark.parametrize(
-    ("ratio", "granularity"), [(0.7, "row"), (0.7, "element"), ("1:4", "n:m"), ("2:3", "n:m")]
+    ("ratio", "granularity", "refresh_every"),
+    [(0.7, "row", 1), (0.7, "row", 3), (0.7, "element", 3), ("1:4", "n:m", 1), ("2:3", "n:m", 3)],
 )
 def test_reuse(core: Any, refresh_every: int, ratio: float | str, granularity: str) -> None:
     schedule = Schedule(attention=Reuse(ratio, granularity=granularity, refresh_every=refresh_every))
