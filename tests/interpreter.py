@@ -1,8 +1,8 @@
 """Triton's interpreter, made quicker: tests spend more time in it than in the kernels that it runs.
 
 It replaces the whole of ``triton.language`` when a kernel is launched, and once more at every call of a
-function in it, for every program of the grid; and puts it back after the launch. With this it is replaced once,
-and stays so: a process in which kernels are interpreted builds none.
+function in it, for every program of the grid; and puts it back after the launch. With this it is replaced
+once, and stays so: a process in which kernels are interpreted builds none.
 """
 
 from __future__ import annotations
