@@ -128,9 +128,9 @@ class AttentionSite(Site):
             self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
         return queries, gradients
 
-    @property
-    def layer(self) -> tuple[int, ...]:
-        return self.shape[1::2] if len(self.shape) == 4 else ()
+    @staticmethod
+    def layer(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[1::2] if len(shape) == 4 else ()
 
     def settle(self) -> None:
         for on_gpu in (self._device, self.planned):

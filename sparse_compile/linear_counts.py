@@ -29,9 +29,9 @@ class LinearCounts(Site):
 
     rotated: RotatedWeight | None = None
 
-    @property
-    def layer(self) -> tuple[int, ...]:
-        return self.shape[1:]
+    @staticmethod
+    def layer(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[1:]
 
     def share(self, method: Reuse | Sample | Adaptive) -> float:
         """The share that a method keeps at this step; an adaptive one's is of the rows that are not zero."""

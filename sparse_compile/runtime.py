@@ -224,7 +224,7 @@ class Runtime:
                 block = naming.block_of(path, root, paths)
                 held_back = self._in_skipped_block(block) or self._negligible(record)
                 kind = "attention" if record.name in attentions else record.kind
-                self._add_site(record.name, kind, path, held_back, block, record.shape)
+                self._add_site(record.name, kind, path, held_back, block)
             if record.handed_over:
                 self._take_gradient(record, path, root)
             sites.append(self.sites[record.name])
@@ -264,13 +264,7 @@ class Runtime:
         return None
 
     def _add_site(
-        self,
-        name: str,
-        kind: str,
-        path: str,
-        held_back: str | None,
-        block: tuple[int, int] | None,
-        shape: tuple[int, ...],
+        self, name: str, kind: str, path: str, held_back: str | None, block: tuple[int, int] | None
     ) -> None:
         make = _KINDS.get(kind, LinearSite)
         site = self.sites[name] = make(
@@ -283,7 +277,10 @@ class Runtime:
             telemetry=self.telemetry,
         )
         if name in self._pending:
-            states.load(site, self._pending.pop(name), shape)
+            states.load(site, self._pending.pop(name), self._shapes(name))
+
+    def _shapes(self, name: str) -> list[tuple[int, ...]]:
+        return [record.shape for record in self.records.get(name, ()) if record.rewritten]
 
     def _seed_of_rank(self) -> int:
         """The seed that this process draws from. Ranks that were seeded alike must not draw alike: the noise
@@ -342,7 +339,7 @@ class Runtime:
                 states.check_names(self._pending, root)
         for name, site in self.sites.items():
             site.seed = self._seed_of_rank()
-            states.load(site, self._pending.pop(name, {}), site.shape)
+            states.load(site, self._pending.pop(name, {}), self._shapes(name))
 
 
 def begin(manifest: str, plan: Plan | None = None) -> Token:

@@ -77,9 +77,9 @@ class Site:
         self.planned: Planned = NotPlanned()
         self._missed = 0  # backwards in succession that found nothing to reuse
 
-    @property
-    def layer(self) -> tuple[int, ...]:
-        """The sizes of the layer at the last backward, which no batch changes; empty before the first."""
+    @staticmethod
+    def layer(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Those sizes of a shape that are the layer's, and no batch's; empty if it has none."""
         return ()
 
     @property

@@ -27,18 +27,17 @@ def check_names(state: Iterable[str], root: nn.Module) -> None:
 
 def state_of(site: Site) -> dict[str, Any]:
     site.settle()
-    return {**site.state_dict(), "counters": dataclasses.asdict(site.counters), "layer": list(site.layer)}
+    own = {"counters": dataclasses.asdict(site.counters), "layer": list(site.layer(site.shape))}
+    return {**site.state_dict(), **own}
 
 
-def load(site: Site, state: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """``shape``: of the site, in a graph or at its last backward."""
-    site.settle()
-    site.shape, before = shape, site.shape
-    there, here = tuple(state.get("layer", ())), site.layer
-    site.shape = before
-    if there and here and there != here:
+def load(site: Site, state: dict[str, Any], shapes: Iterable[tuple[int, ...]]) -> None:
+    """``shapes``: with which the site occurs in graphs. (One weight may be used in parts.)"""
+    there, here = tuple(state.get("layer", ())), [found for shape in shapes if (found := site.layer(shape))]
+    if there and here and there not in here:
         raise ValueError(
-            f"state is of another model: sizes of '{site.name}' are {there} there, and {here} here."
+            f"state is of another model: sizes of '{site.name}' are {there} there, and {here[0]} here."
         )
+    site.settle()
     site.counters = Counters(**state.get("counters", {}))
     site.load_state_dict({key: value for key, value in state.items() if key not in ("counters", "layer")})

@@ -184,3 +184,28 @@ def test_state_of_another_model_is_refused(layers, width, said, when):
         second.load_state_dict(state)
         with refused:
             run(model, second, x)
+
+
+class Parts(torch.nn.Module):
+    """One weight that is used in parts of unlike size, as a cross attention uses that of its q, k and v."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight_of_all = torch.nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x):
+        q = torch.nn.functional.linear(x, self.weight_of_all[:3])
+        return torch.nn.functional.linear(torch.tanh(x), self.weight_of_all[3:]).sum(-1) + q.sum(-1)
+
+
+def test_a_weight_that_is_used_in_parts_is_of_this_model():
+    backends = [sparse_backend(SCHEDULES["row"], compiler="aot_eager") for _ in range(2)]
+    model, x = Parts(), torch.randn(2, 5, 4)
+    for backend in backends:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend)
+        for _ in range(2):
+            square_loss(compiled(x)).backward()
+        assert len({site.name for site in backend.report().sites}) == 1
+        backends[1].load_state_dict(backends[0].state_dict())
+        square_loss(compiled(x)).backward()
