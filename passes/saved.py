@@ -39,6 +39,7 @@ to be recomputed; and all readers that are not known to bear a pruned value, suc
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -369,6 +370,9 @@ def _groups(graph: Graph, source: Node, samples: int | Node) -> int | Node:
         return samples if rows >= _FEWEST_ROWS * g.sizes((known,))[0] else 0
     if rows < _FEWEST_ROWS:
         return 0
+    sizes = [samples, *leading]
+    if all(isinstance(size, int) for size in sizes) and math.prod(leading) % samples:  # type: ignore[operator]
+        return 0  # a group would have rows of several samples
     groups: int | Node = 1
     for dim in range(len(leading) - 1):
         size = g.size(graph, source, dim)

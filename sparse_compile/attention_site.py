@@ -62,6 +62,7 @@ class AttentionSite(Site):
         self.kernel = ""
         if self.held_back or not isinstance(method, Reuse | Sample) or method.keep == 1.0:
             self.method = "exact"
+            self._memories.clear()  # or it would be of long ago, should it be reused again
             return self._exact(do, forward)
         if not self._pays(method):
             self.method = "exact"
@@ -82,9 +83,10 @@ class AttentionSite(Site):
         device.by_kernel = forward.by_kernel
         if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or self.held_back:
             method = None
-        elif not device.pays(method, do, forward) or not self._pays(method):
-            self._memories.clear()
+        if method is not None and not (device.pays(method, do, forward) and self._pays(method)):
             method = None
+        if method is None:
+            self._memories.clear()  # or it would be of long ago, should it be reused again
         self.method = "exact" if method is None else method.method
         if isinstance(method, Reuse):
             queries, gradients = self._reuse_on_device(device, do, forward, method, use)
@@ -110,8 +112,7 @@ class AttentionSite(Site):
     def _reuse_on_device(
         self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Reuse, use: Use
     ) -> tuple[Queries | None, kernel.Gradients]:
-        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
-        self.recalled(means is not None)
+        means = self._recall(use, do, forward)
         queries: Queries | None
         if means is None:
             queries = device.live_queries(do, forward)
@@ -193,8 +194,7 @@ class AttentionSite(Site):
     def _reuse_rows(
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
     ) -> kernel.Gradients:
-        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
-        self.recalled(means is not None)
+        means = self._recall(use, do, forward)
         if means is None:
             gradients = self._exact(do, forward)
         else:
@@ -215,8 +215,7 @@ class AttentionSite(Site):
     def _reuse_elements(
         self, do: Tensor, forward: kernel.Forward, live: Tensor | None, method: Reuse, use: Use
     ) -> kernel.Gradients:
-        means = self._memories.recall(use, do, sizes=(self.shape[2], forward.keys))
-        self.recalled(means is not None)
+        means = self._recall(use, do, forward)
         written_out = forward.written_out()
         gradients, ds = attention.by_elements(do, written_out, means, method, live)
         self._count(0, self._rows, forward)
@@ -243,6 +242,13 @@ class AttentionSite(Site):
             name: Observed(some, exact, fidelity.energy_in(do, part)) for name, some, exact, part in whole
         }
         telemetry.observe(self.name, self.method, seen)
+
+    def _recall(self, use: Use, do: Tensor, forward: kernel.Forward | CudaFused) -> dict[str, Tensor] | None:
+        sizes = (self.shape[2], forward.keys)
+        another = self._memories.has_another(use, sizes)
+        means = self._memories.recall(use, do, sizes)
+        self.recalled(use, means is not None, another)
+        return means
 
     def _sample(self, method: Reuse, use: Use) -> int | None:
         if method.source == "mean":

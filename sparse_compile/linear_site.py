@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 # Backwards between two looks for rows that are zero, at most.
 _LONGEST_PAUSE = 7
 
-# Forwards that wait for their backwards whose rows are remembered; those of others are looked for again. (In
-# a validation without no_grad none ever has a backward.)
-_MOST_IN_FLIGHT = 16
-
 
 class LinearSite(LinearCounts):
     """The backward of one linear layer; see :class:`Site`. Its shape is (N, I, O).
@@ -82,8 +78,7 @@ class LinearSite(LinearCounts):
         if rows is None or len(rows) > kernel.DENSE_SHARE * len(x):
             self._needed.pop(use, None)
             return torch.nn.functional.linear(x, w, bias)
-        if use[1] < _MOST_IN_FLIGHT:
-            self._needed[use] = forward, rows
+        self._needed[use] = forward, rows
         return kernel.forward(x, w, bias, rows)
 
     def linear_backward(
@@ -157,8 +152,8 @@ class LinearSite(LinearCounts):
             zero, estimates = 0, (dy, dy)
         elif method is None or self._has_no_method(phase):
             self.method = "exact"
-            if self._device and method is not None:
-                self._memory.clear()  # or it would be of long ago, should reuse pay again
+            if method is not None:
+                self._memory.clear()  # or it would be of long ago, should it be reused again
             zero, estimates = self._exactly(dy, needed)
         elif isinstance(method, Reuse):
             self.method = method.method
@@ -296,7 +291,7 @@ class LinearSite(LinearCounts):
     ) -> tuple[int, Estimates]:
         """Estimate dY by reuse, and remember it as the schedule says."""
         base = self._memory.recall(use, dy, tokens)
-        self.recalled(base is not None)
+        self.recalled(use, base is not None, self._memory.has_another(use, dy, tokens))
         if base is None:
             zero, estimates = self._exactly(dy, needed)
         elif self._device is not None and self._device.can_reuse(dy, base, method):

@@ -45,11 +45,16 @@ class Memory:
         if base is not None and not _is_finite(base):
             self._bases.pop(use)
             return None
-        if base is None or base.value.shape[0] != tokens or len(dy) % tokens or len(dy) == 0:
+        if base is None or base.value.shape != (tokens, dy.shape[1]) or len(dy) % tokens or len(dy) == 0:
             return None
         base.value = base.value.to(dy)
         base.age += 1
         return base.value
+
+    def has_another(self, use: Use, dy: Tensor, tokens: int) -> bool:
+        """Whether what is remembered is of sequences of another length."""
+        base = self._bases.get(use)
+        return base is not None and base.value.shape[0] != tokens and len(dy) > 0
 
     def renew(
         self, use: Use, dy: Tensor, tokens: int, *, source: str, every: int, recalled: bool, seed: str
@@ -119,6 +124,10 @@ class Memories:
         snapshot.tensors = {name: tensor.to(like) for name, tensor in snapshot.tensors.items()}
         snapshot.age += 1
         return snapshot.tensors
+
+    def has_another(self, use: Use, sizes: tuple[int, ...]) -> bool:
+        """Whether what is remembered is of other ``sizes``."""
+        return use in self._snapshots and self._snapshots[use].sizes != sizes
 
     def due(self, use: Use, every: int) -> bool:
         """Whether there is nothing to recall, or it has been recalled ``every`` times."""

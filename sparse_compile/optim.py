@@ -73,6 +73,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._max_grad_norm = max_grad_norm
         self._stepped = False
         super().__init__(params, **settings)
+        # Or a GradScaler would leave scaled gradients, and a step to be skipped, to a fused kernel.
+        self._step_supports_amp_scaling = False
         self._rotation.holders.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -180,6 +180,7 @@ class RotatedWeight:
     def accept(self, s: Tensor) -> None:
         """Add the kept entries of S [P, Q] to the gradient of ``entries``; if it is time, choose them."""
         assert self.entries is not None
+        self._owner.check_held(self)
         if self._choice_due():
             self.indices = rotate.choose(s, self.basis.kept)
             self._chosen_at = self._owner.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 from sparse_compile.carried import Carried
 from sparse_compile.linear_site import LinearSite
@@ -11,29 +10,35 @@ from sparse_compile.planner import Planner
 from sparse_compile.site import Site
 from sparse_compile.sites import SiteRecord
 
+_LANES = 16  # what is remembered for each is kept
+
 
 @dataclasses.dataclass(slots=True)
 class Lanes:
     """The forwards in flight of the same layers, through whichever of their graphs (there is one for each
     kind of input)."""
 
-    taken: set[int] = dataclasses.field(default_factory=set)
+    taken: dict[int, None] = dataclasses.field(default_factory=dict)  # the longest taken first
     step: int = 0
     graph: int | None = None  # that ran last
 
     def open(self, step: int) -> int:
-        """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back."""
+        """The lowest free lane. Forwards of earlier steps that never saw a backward give theirs back, and so
+        does the one that has waited longest where none is free: a validation without no_grad, or activation
+        checkpointing, has many that never see one."""
         if step != self.step:
             self.taken.clear()
             self.step = step
         lane = self.next(step)
-        self.taken.add(lane)
+        self.taken.pop(lane, None)
+        self.taken[lane] = None
         return lane
 
     def next(self, step: int) -> int:
         """The lane that a forward would be given."""
-        taken = self.taken if step == self.step else ()
-        return next(lane for lane in itertools.count() if lane not in taken)
+        taken = self.taken if step == self.step else {}
+        free = (lane for lane in range(_LANES) if lane not in taken)
+        return next(free, next(iter(taken), 0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

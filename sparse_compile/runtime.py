@@ -215,7 +215,7 @@ class Runtime:
     def _make_sites(self, records: list[SiteRecord], owner: Owner) -> list[Site]:
         root = owner.root() if owner.root is not None else None
         if self._pending and root is not None and self._copy(owner) == 0:
-            states.check_names(self._pending, root)
+            states.check_names(self._pending, root, self.records)
         paths = [record.name.partition("@")[0] for record in records]
         attentions = {record.name for record in records if record.kind == "attention"}
         sites = []
@@ -297,7 +297,7 @@ class Runtime:
 
     def _backward_began(self, graph: RunningGraph, lane: int) -> None:
         if lane in graph.lanes.taken:  # the first op of this backward
-            graph.lanes.taken.discard(lane)
+            graph.lanes.taken.pop(lane)
             self.clock.backward_began()
 
     def site(self, token: Token, number: int) -> tuple[Site, Use]:
@@ -336,7 +336,7 @@ class Runtime:
             self.rotation.load_state_dict(state["rotation"])
         for root, suffix in self.models():
             if not suffix:
-                states.check_names(self._pending, root)
+                states.check_names(self._pending, root, self.records)
         for name, site in self.sites.items():
             site.seed = self._seed_of_rank()
             states.load(site, self._pending.pop(name, {}), self._shapes(name))

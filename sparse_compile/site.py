@@ -75,7 +75,8 @@ class Site:
         self.kernel = ""
         self.counters = Counters()
         self.planned: Planned = NotPlanned()
-        self._missed = 0  # backwards in succession that found nothing to reuse
+        # Backwards in succession that found sequences of another length to reuse, by use.
+        self._missed: dict[tuple[int, int], int] = {}
 
     @staticmethod
     def layer(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -96,15 +97,16 @@ class Site:
         becomes of the weight gradient; may be empty."""
         return ""
 
-    def recalled(self, found: bool) -> None:
-        """A backward by reuse has found what is to be reused; or not, and is exact."""
-        self._missed = 0 if found else self._missed + 1
+    def recalled(self, use: tuple[int, int], found: bool, another: bool) -> None:
+        """A backward by reuse has found what is to be reused; or not, and is exact: there is nothing yet, or
+        something of ``another`` length."""
+        self._missed[use] = 0 if found else self._missed.get(use, 0) + another
         if not found:
             self.method = "exact"
 
     def finds_nothing_to_reuse(self, method: object) -> bool:
-        """Whether it is so again and again: of a first backward it is expected."""
-        return isinstance(method, Reuse) and self._missed > 1
+        """Whether lengths change again and again."""
+        return isinstance(method, Reuse) and max(self._missed.values(), default=0) > 1
 
     def watched(self) -> Telemetry | None:
         """The telemetry, if the present backward is to be measured."""

@@ -13,12 +13,17 @@ from sparse_compile.checks import near
 from sparse_compile.site import Counters, Site
 
 
-def check_names(state: Iterable[str], root: nn.Module) -> None:
-    """Refuse a state of layers that the model lacks; those of a second model (``@1``) are not looked at."""
+def check_names(state: Iterable[str], root: nn.Module, seen: Iterable[str]) -> None:
+    """Refuse a state of layers that the model lacks; those of a second model (``@1``) are not looked at, nor
+    any where layers that were ``seen`` are none of this model (of a function over several modules, say)."""
     paths = [path for path, _ in (*root.named_modules(), *root.named_parameters())]
     known = {naming.clean(path) for path in paths}
-    for name in state:
-        if "@" not in name and name.removesuffix(naming.END_OF_BLOCK) not in known:
+    lacked, strange = (
+        [name for name in names if "@" not in name and name.removesuffix(naming.END_OF_BLOCK) not in known]
+        for names in (state, seen)
+    )
+    for name in lacked:
+        if not strange:
             raise ValueError(
                 f"state is of another model: it has a layer '{name}', which this one lacks; near names: "
                 f"{near(name, known) or 'none'}."

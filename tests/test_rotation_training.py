@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from reference_rotation import Recipe, Reference
@@ -244,8 +246,10 @@ def test_gradients_are_clipped_together():
     assert float((run.weights() - before).norm()) == pytest.approx(0.01 * 1e-3, rel=1e-5)
 
 
-def test_grad_scaler_unscales_kept_entries_and_skips_an_overflow():
-    plain, scaled = Run().train(0, 3), Run().train(0, 3)
+@pytest.mark.parametrize("fused", [False, True])  # which PyTorch would let skip a step by itself
+def test_grad_scaler_unscales_kept_entries_and_skips_an_overflow(fused):
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.1, "fused": fused}
+    plain, scaled = (Run(optimizer=settings).train(0, 3) for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     plain.train(3, 5)
     for step in (3, 99, 4):
@@ -256,6 +260,15 @@ def test_grad_scaler_unscales_kept_entries_and_skips_an_overflow():
         scaler.update()
     assert scaler.get_scale() == 2.0**9
     torch.testing.assert_close(scaled.weights(), plain.weights(), rtol=1e-9, atol=1e-12)
+
+
+def test_another_optimizer_afterwards_is_refused():
+    run = Run().train(0, 4)
+    run.optimizer = None
+    gc.collect()
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.01)
+    with pytest.raises(RuntimeError, match=r"needs an optimizer of sparse_compile\.optim"):
+        run.train(4, 5)
 
 
 def test_what_an_overflow_left_behind_does_not_last():

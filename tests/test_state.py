@@ -209,3 +209,13 @@ def test_a_weight_that_is_used_in_parts_is_of_this_model():
         assert len({site.name for site in backend.report().sites}) == 1
         backends[1].load_state_dict(backends[0].state_dict())
         square_loss(compiled(x)).backward()
+
+
+def test_a_function_of_several_modules_has_its_own_state():
+    body, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+    backend = sparse_backend(SCHEDULES["row"], compiler="aot_eager")
+    compiled = torch.compile(lambda x: head(torch.tanh(body(x))), backend=backend)
+    for _ in range(2):
+        square_loss(compiled(torch.randn(2, 5, 4))).backward()
+    backend.load_state_dict(backend.state_dict())
+    square_loss(compiled(torch.randn(2, 5, 4))).backward()
