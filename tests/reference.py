@@ -113,6 +113,8 @@ class _Linear(torch.autograd.Function):
                 per_sample = flat_dy.reshape(-1, tokens, flat_dy.shape[1])
                 memory.base = per_sample.mean(0) if recipe.sample is None else per_sample[recipe.sample]
                 memory.age = 0
+        else:  # what comes after it has no base of the step before
+            memory.base = None
         return dx.reshape(x.shape), dw, flat_dy.sum(0) if ctx.has_bias else None, None, None
 
 

@@ -83,8 +83,8 @@ def test_phases_change_at_their_steps_and_the_first_step_of_reuse_is_dense():
     assert dense == [True] * 5 + [False] * 5
 
 
-def test_a_phase_without_reuse_in_the_middle_leaves_the_base_to_the_next():
-    """The base is the one that the last backward with reuse made."""
+def test_a_phase_without_reuse_in_the_middle_leaves_no_base_to_the_next():
+    """It would be of long ago."""
     recipe = Recipe(0.5)
     schedule = reusing(Reuse([(0.5, 0.0), (0.0, 0.3), (0.7, 0.6)]), total_steps=10)
     pair = Pair(MLP(), schedule, recipe)
@@ -92,7 +92,7 @@ def test_a_phase_without_reuse_in_the_middle_leaves_the_base_to_the_next():
     for step in range(8):
         recipe.ratio = 0.5 if step < 3 else 0.0 if step < 6 else 0.7
         dense.append(pair.train(batch()))
-    assert dense == [True, False, False, True, True, True, False, False]
+    assert dense == [True, False, False, True, True, True, True, False]
 
 
 @pytest.mark.parametrize(
