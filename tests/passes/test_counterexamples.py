@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sparse_compile.passes import forward, layouts
+from sparse_compile.passes.masks import Masks
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph
 from tracing import DOUBLE, Model, layer
 
 from sparse_compile import Schedule, SparseBackend, sparse_backend
@@ -146,11 +149,16 @@ def test_an_embedding_whose_gradient_is_by_frequency() -> None:
     compare(model, torch.randint(7, (B, T)))
 
 
-def test_an_input_on_another_device() -> None:
-    """Lengths on the CPU, and all else on a GPU: here, something that is nowhere."""
-    model = Model(lambda m, x, _: given(m, x)[:, 2].square().sum(), a=layer(D, D), b=layer(D, D))
-    swapped = Model(lambda m, other, x: m.inner(x, other), inner=model)
-    compare(swapped, torch.zeros(3, device="meta"), torch.randn(B, T, D, dtype=DOUBLE))
+def test_masks_are_made_where_the_tensor_is_that_they_are_of() -> None:
+    """Not where the first input is: lengths on the CPU, say, and all else on a GPU."""
+    graph = Graph()
+    lengths, h = graph.placeholder("lengths"), graph.placeholder("h")
+    with FakeTensorMode():
+        lengths.meta["val"], h.meta["val"] = torch.empty(B), torch.empty(B, T, D, device="cuda")
+    after = graph.call_function(torch.ops.aten.neg.default, (h,))
+    after.meta = dict(h.meta)
+    made = Masks(graph, after=after, below={}).positions(T, 1, like=h)
+    assert made.meta["val"].device.type == "cuda"
 
 
 def test_a_linear_whose_result_nothing_reads() -> None:
