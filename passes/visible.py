@@ -7,6 +7,7 @@ Of a query whose keys are all masked the softmax is even, or zero: it is taken t
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -74,8 +75,9 @@ def _is_for_backward(node: Node) -> bool:
     """Whether no result of the forward depends on a reader: the backward alone does, or nothing any more."""
     if g.is_backward(node) or not node.users:
         return node.op != "output"
-    same = node.target in (aten.detach.default, aten.alias.default)  # as it is saved
-    return same and all(map(_is_for_backward, node.users))
+    # As it is saved; and the mask of a dropout.
+    saved = node.target in (aten.detach.default, aten.alias.default, operator.getitem)
+    return saved and all(map(_is_for_backward, node.users))
 
 
 def _chain(scores: Node, out: Node, steps: list[Node]) -> Chain:

@@ -77,6 +77,13 @@ def attend(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
     return m.b(((q @ q.mT + bias).softmax(-1) @ q)[:, 0])
 
 
+def attend_dropped(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
+    """With the dropout of CUDA, whose mask is a second result, and read by the backward alone."""
+    q = m.a(h)
+    p, _ = torch.ops.aten.native_dropout(((q @ q.mT) + bias).softmax(-1), 0.0, True)
+    return m.b((p @ q)[:, 0])
+
+
 def attend_twice(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
     """Scores from two products, of which a rule that knows one would forget the other's keys."""
     k = m.b(h)
@@ -108,6 +115,7 @@ RULES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "turned about": (1, lambda m, x, s: m.a(x).transpose(0, 1).unsqueeze(0).squeeze(0)[0]),
     "attention": (1, lambda m, x, s: attend(m, x, hidden(s, -torch.inf))),
     "attention, the least number": (1, lambda m, x, s: attend(m, x, hidden(s, torch.finfo(DOUBLE).min))),
+    "attention, dropped": (1, lambda m, x, s: attend_dropped(m, x, hidden(s, -torch.inf))),
     "a norm by hand": (1, lambda m, x, s: (h := m.a(x))[:, 0] / h.square().mean(-1, True).sqrt()[:, 0]),
     "filled with a value that is learned": (
         2,
