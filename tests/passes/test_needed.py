@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from padded import MeanOfTokens, bert, classes
+from sparse_compile.passes import visible
 from torch import Tensor, nn
 from tracing import DOUBLE, Model, Tracer
 
@@ -78,9 +79,10 @@ def attend(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_dropped(m: nn.Module, h: Tensor, bias: Tensor) -> Tensor:
-    """With the dropout of CUDA, whose mask is a second result, and read by the backward alone."""
+    """With the dropout of CUDA, whose mask is a second result, and read by the backward alone; and a bias
+    that is learned, for which an attention is left as it is."""
     q = m.a(h)
-    p, _ = torch.ops.aten.native_dropout(((q @ q.mT) + bias).softmax(-1), 0.0, True)
+    p, _ = torch.ops.aten.native_dropout((q @ q.mT + (bias + m.p)).softmax(-1), 0.5, True)
     return m.b((p @ q)[:, 0])
 
 
@@ -115,7 +117,6 @@ RULES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "turned about": (1, lambda m, x, s: m.a(x).transpose(0, 1).unsqueeze(0).squeeze(0)[0]),
     "attention": (1, lambda m, x, s: attend(m, x, hidden(s, -torch.inf))),
     "attention, the least number": (1, lambda m, x, s: attend(m, x, hidden(s, torch.finfo(DOUBLE).min))),
-    "attention, dropped": (1, lambda m, x, s: attend_dropped(m, x, hidden(s, -torch.inf))),
     "a norm by hand": (1, lambda m, x, s: (h := m.a(x))[:, 0] / h.square().mean(-1, True).sqrt()[:, 0]),
     "filled with a value that is learned": (
         2,
@@ -153,6 +154,15 @@ def test_rules(case):
         found.append(torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True))
     for ours, eager in zip(*found, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-12)
+
+
+def test_an_attention_with_dropout():
+    parts = {"a": layer(), "b": layer(), "p": torch.randn(8, 8)}
+    model = Model(lambda m, x, s: attend_dropped(m, x, hidden(s, -torch.inf)), **parts)
+    tracer = Tracer()
+    torch.compile(model, backend=tracer, fullgraph=True)(x(), shown()).sum().backward()
+    (chain,) = visible.find(tracer.trace.graph)
+    assert len(chain.biases) == 1
 
 
 def test_a_mask_of_any_large_number_hides_nothing(monkeypatch):
