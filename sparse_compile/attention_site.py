@@ -62,7 +62,8 @@ class AttentionSite(Site):
         self.kernel = ""
         if self.held_back or not isinstance(method, Reuse | Sample) or method.keep == 1.0:
             self.method = "exact"
-            self._memories.clear()  # or it would be of long ago, should it be reused again
+            if method is not None:  # not in a measurement
+                self._memories.clear()  # or it would be of long ago, should it be reused again
             return self._exact(do, forward)
         if not self._pays(method):
             self.method = "exact"
@@ -80,12 +81,12 @@ class AttentionSite(Site):
         self, device: DeviceAttention, do: Tensor, forward: CudaFused, method: Method | None, use: Use
     ) -> kernel.Gradients:
         """As :meth:`backward`, by methods that need not wait for the device."""
-        device.by_kernel = forward.by_kernel
+        device.by_kernel, scheduled = forward.by_kernel, method
         if not isinstance(method, Reuse | Sample) or method.keep == 1.0 or self.held_back:
             method = None
         if method is not None and not (device.pays(method, do, forward) and self._pays(method)):
             method = None
-        if method is None:
+        if method is None and scheduled is not None:  # not in a measurement
             self._memories.clear()  # or it would be of long ago, should it be reused again
         self.method = "exact" if method is None else method.method
         if isinstance(method, Reuse):

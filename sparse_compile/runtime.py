@@ -277,7 +277,8 @@ class Runtime:
             telemetry=self.telemetry,
         )
         if name in self._pending:
-            states.load(site, self._pending.pop(name), self._shapes(name))
+            states.check_sizes(site, self._pending[name], self._shapes(name))
+            states.load(site, self._pending.pop(name))
 
     def _shapes(self, name: str) -> list[tuple[int, ...]]:
         return [record.shape for record in self.records.get(name, ()) if record.rewritten]
@@ -327,19 +328,22 @@ class Runtime:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sites that do not exist yet (they are made when their graph first runs) take theirs then."""
+        """Sites that do not exist yet (they are made when their graph first runs) take theirs then. Of a state
+        that is refused nothing is taken."""
+        for root, suffix in self.models():
+            if not suffix:
+                states.check_names(state["sites"], root, self.records)
+        for name in self.sites:
+            states.check_sizes(self.sites[name], state["sites"].get(name, {}), self._shapes(name))
         self.seed = state["seed"]
         self.clock.step = state["step"]
         self._pending = dict(state["sites"])
         self.controller.load_state_dict(state["controller"])
         if self.rotation is not None:
             self.rotation.load_state_dict(state["rotation"])
-        for root, suffix in self.models():
-            if not suffix:
-                states.check_names(self._pending, root, self.records)
         for name, site in self.sites.items():
             site.seed = self._seed_of_rank()
-            states.load(site, self._pending.pop(name, {}), self._shapes(name))
+            states.load(site, self._pending.pop(name, {}))
 
 
 def begin(manifest: str, plan: Plan | None = None) -> Token:

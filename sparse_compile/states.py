@@ -22,12 +22,11 @@ def check_names(state: Iterable[str], root: nn.Module, seen: Iterable[str]) -> N
         [name for name in names if "@" not in name and name.removesuffix(naming.END_OF_BLOCK) not in known]
         for names in (state, seen)
     )
-    for name in lacked:
-        if not strange:
-            raise ValueError(
-                f"state is of another model: it has a layer '{name}', which this one lacks; near names: "
-                f"{near(name, known) or 'none'}."
-            )
+    if lacked and not strange:
+        raise ValueError(
+            f"state is of another model: it has a layer '{lacked[0]}', which this one lacks; near names: "
+            f"{near(lacked[0], known) or 'none'}."
+        )
 
 
 def state_of(site: Site) -> dict[str, Any]:
@@ -36,13 +35,17 @@ def state_of(site: Site) -> dict[str, Any]:
     return {**site.state_dict(), **own}
 
 
-def load(site: Site, state: dict[str, Any], shapes: Iterable[tuple[int, ...]]) -> None:
-    """``shapes``: with which the site occurs in graphs. (One weight may be used in parts.)"""
+def check_sizes(site: Site, state: dict[str, Any], shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse a state of a layer of other sizes; ``shapes`` are those with which the site occurs in graphs.
+    (One weight may be used in parts.)"""
     there, here = tuple(state.get("layer", ())), [found for shape in shapes if (found := site.layer(shape))]
     if there and here and there not in here:
         raise ValueError(
             f"state is of another model: sizes of '{site.name}' are {there} there, and {here[0]} here."
         )
+
+
+def load(site: Site, state: dict[str, Any]) -> None:
     site.settle()
     site.counters = Counters(**state.get("counters", {}))
     site.load_state_dict({key: value for key, value in state.items() if key not in ("counters", "layer")})

@@ -6,9 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from tracing import DOUBLE, Tracer
+
+from sparse_compile.linear_site import LinearSite
 
 ops = torch.ops.sparse_compile
 INDUCTORS = functools.cache(lambda: torch._inductor.decomposition.select_decomp_table())
@@ -43,6 +46,19 @@ def counts(tracer: Tracer) -> tuple[int, int]:
     carried = [len(op.args) > 9 for op in found]
     assert [tracer.trace.records[op.args[4]].carried for op in found] == carried
     return sum(carried), len(carried)
+
+
+def masks_of_forwards(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Grows with every forward of a linear that leaves rows out: which of them are needed."""
+    masks: list[Tensor] = []
+    whole = LinearSite.linear_forward
+
+    def watch(self: LinearSite, x: Tensor, w: Tensor, bias: Any, needed: Tensor, **options: Any) -> Any:
+        masks.append(needed)
+        return whole(self, x, w, bias, needed, **options)
+
+    monkeypatch.setattr(LinearSite, "linear_forward", watch)
+    return masks
 
 
 class Padded(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile import Reuse, Schedule, SparseBackend, sparse_backend
+from sparse_compile import Reuse, Sample, Schedule, SparseBackend, sparse_backend
 
 B, T, D = 4, 6, 8
 
@@ -139,3 +139,16 @@ def test_what_is_said_of_a_layer_that_has_nothing_to_reuse_yet() -> None:
     for tokens in (T, T - 1, T, T - 1):
         training.step(x(tokens))
     assert "another length" in training.backend.report().sites[0].reason
+
+
+@pytest.mark.usefixtures("reuse_however_little_it_saves")
+@pytest.mark.parametrize("core", ["fused", "chain"])
+def test_the_means_of_an_attention_survive_a_measurement(core: str) -> None:
+    """Of adaptive sampling: that one step is exact, and the next goes on from what was there before."""
+    schedule = Schedule(linear=Sample.adaptive(cal_var_freq=4), attention=Reuse(0.5))
+    training = Training(attention(core), schedule)
+    methods = []
+    for _ in range(7):
+        training.step(x())
+        methods += [site.method for site in training.backend.report().sites if site.kind == "attention"]
+    assert methods == ["exact", "exact", "reuse", "reuse", "exact", "reuse", "reuse"]

@@ -178,8 +178,10 @@ def test_state_of_another_model_is_refused(layers, width, said, when):
     refused = pytest.raises(ValueError, match=f"^state is of another model: {said}")
     if when == "after":
         run(model, second, x)
+        before = second.state_dict()
         with refused:
-            second.load_state_dict(state)
+            second.load_state_dict({**state, "step": 7})
+        assert (second.step, second.state_dict()["seed"]) == (0, before["seed"])
     else:
         second.load_state_dict(state)
         with refused:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from carried import masks_of_forwards
 from padded import MeanOfTokens, bert, classes
 from sparse_compile.passes import visible
 from torch import Tensor, nn
 from tracing import DOUBLE, Model, Tracer
 
 from sparse_compile.kernels import linear as kernel
-from sparse_compile.linear_site import LinearSite
 
 ops = torch.ops.sparse_compile
 
@@ -168,14 +168,7 @@ def test_an_attention_with_dropout():
 def test_a_mask_of_any_large_number_hides_nothing(monkeypatch):
     """With -10,000 added, a score may still be the largest of its row."""
     model = Model(lambda m, x, s: attend(m, x, hidden(s, -1e4)).sum(), a=layer(), b=layer())
-    masks: list[Tensor] = []
-    forward = LinearSite.linear_forward
-
-    def watch(self: LinearSite, x: Tensor, w: Tensor, bias: Any, needed: Tensor, **options: Any) -> Any:
-        masks.append(needed)
-        return forward(self, x, w, bias, needed, **options)
-
-    monkeypatch.setattr(LinearSite, "linear_forward", watch)
+    masks = masks_of_forwards(monkeypatch)
     torch.compile(model, backend=Tracer(), fullgraph=True)(x(), shown())
     assert masks
     assert all(mask.all() for mask in masks)

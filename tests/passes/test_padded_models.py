@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from carried import assert_equal, gradients
+from carried import assert_equal, gradients, masks_of_forwards
 from carried import counts as tracer_counts
 from joint import Joint, calls, joint, trace
 from padded import CASES, LENGTHS, T, decoder, labelled
@@ -21,7 +21,6 @@ from tracing import Tracer
 from transformers.pytorch_utils import Conv1D
 
 from sparse_compile.kernels import linear as kernel
-from sparse_compile.linear_site import LinearSite
 from sparse_compile.sites import SiteRecord
 
 ops = torch.ops.sparse_compile
@@ -79,14 +78,7 @@ def rows_with_gradient(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
 
 def rows_computed(traced: Joint, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
     """The same as the passes have it; a linear whose forward is left as it is, is not in it."""
-    masks: list[Tensor] = []
-    whole = LinearSite.linear_forward
-
-    def watch(self: LinearSite, x: Tensor, w: Tensor, bias: Any, needed: Tensor, **options: Any) -> Any:
-        masks.append(needed)
-        return whole(self, x, w, bias, needed, **options)
-
-    monkeypatch.setattr(LinearSite, "linear_forward", watch)
+    masks = masks_of_forwards(monkeypatch)
     module, records = traced.rewritten()
     traced.gradients(module)
     names = [records[node.args[5]].name for node in calls(module, ops.linear_forward)]
