@@ -328,8 +328,8 @@ class Runtime:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sites that do not exist yet (they are made when their graph first runs) take theirs then. Of a state
-        that is refused nothing is taken."""
+        """Sites that do not exist yet (they are made when their graph first runs) take theirs then. Nothing
+        is taken of a state that is refused."""
         for root, suffix in self.models():
             if not suffix:
                 states.check_names(state["sites"], root, self.records)
