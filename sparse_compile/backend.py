@@ -198,7 +198,7 @@ class SparseBackend:
                 self.graphs[-1].publish(folder=None if self._debug is True else self._debug)
 
         numbered = contextlib.nullcontext() if planned is None else compilers.one_more_input(gm)
-        given = [*inputs, *([] if planned is None else [planned.first(()).number])]
+        given = [*inputs] if planned is None else [*inputs, planned.first(()).number]
         with compilers.savable_token(), numbered:
             if self._compiler == "inductor":
                 key = None if self._debug else self._cache_key(gm, request, carries)
@@ -258,6 +258,15 @@ class SparseBackend:
                 f"backend's own, {self.schedule}."
             )
         self._runtime.load_state_dict(dict(state))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For ``torch.save(torch.compile(model))``: the settings, and where the schedule had come to. Graphs
+        are compiled anew, as those of PyTorch's own backends."""
+        debug, compiler, monitor = self._debug, self._compiler, self._monitor
+        make = functools.partial(sparse_backend, debug=debug, compiler=compiler, monitor=monitor)
+        return make, (self.schedule,), self.state_dict()
+
+    __setstate__ = load_state_dict
 
     def _carries(self, request: _Request) -> bool:
         """Whether a graph for a GPU carries the needed rows alone: where nothing else would leave rows out of

@@ -85,6 +85,20 @@ def test_without_the_backends_state_the_run_is_another(name, tmp_path):
     assert not torch.equal(resumed.weights(), whole.weights())
 
 
+def test_a_compiled_model_that_is_saved_whole_goes_on_with_its_schedule(tmp_path):
+    whole = Run(SCHEDULES["sampled elements"]).train(0, 6)
+    half = Run(SCHEDULES["sampled elements"]).train(0, 3)
+    torch.save((half.compiled, half.backend, half.optimizer.state_dict()), tmp_path / "model.pt")
+    resumed = Run(Schedule.exact(), seed=5)
+    resumed.compiled, resumed.backend, optimizer = torch.load(tmp_path / "model.pt", weights_only=False)
+    resumed.model = resumed.compiled._orig_mod
+    resumed.optimizer = torch.optim.AdamW(resumed.model.parameters(), lr=0.01)
+    resumed.optimizer.load_state_dict(optimizer)
+    assert resumed.backend.step == 3
+    assert torch.equal(resumed.train(3, 6).weights(), whole.weights())
+    assert resumed.backend.report().totals == whole.backend.report().totals
+
+
 def test_the_state_of_an_untrained_backend_makes_a_trained_one_forget(tmp_path):
     run = Run(SCHEDULES["row"])
     run.save(tmp_path / "state.pt")
