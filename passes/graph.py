@@ -21,6 +21,12 @@ from sparse_compile import naming
 aten = torch.ops.aten
 
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
+ATTENTIONS = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 

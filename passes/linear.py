@@ -27,10 +27,12 @@ from parameters alone and whose first does not.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes import samples
 from sparse_compile.passes.readers import read_by_loops
 from torch.fx import Graph, Node
 
@@ -247,23 +249,39 @@ def _replace(graph: Graph, product: Node, gradient: Node) -> None:
 
 def _tokens(graph: Graph, match: LinearMatch) -> int | Node:
     """T, the number of rows that belong to one sample: all but the first and last sizes of the layer's
-    input [B, …, T, I] before it was flattened to [N, I]; 1 where the input is 2-D, one row a sample.
+    input [B, …, T, I] before it was flattened to [N, I]; 1 where the input is 2-D, one row a sample. Or −B,
+    where the input is [T, B, I], so that rows of the B samples alternate (``passes/samples.py``).
 
     Under dynamic shapes the graph has to compute it, and the result is a node.
     """
     if match.x.target not in _RESHAPES:
         return 1
     source: Node = match.x.args[0]  # type: ignore[assignment]
-    shape = g.shape_of(source)
-    if len(shape) < 3 or not g.same_size(shape[-1], g.shape_of(match.x)[-1]):
+    shape, inputs = g.shape_of(source), g.shape_of(match.x)[-1]
+
+    def size(dim: int) -> int | Node:
+        symbolic = not isinstance(shape[dim], int)
+        return g.call(graph, aten.sym_size.int, source, dim, like=match.first) if symbolic else shape[dim]
+
+    features = math.prod(shape[2:])
+    fits = all(isinstance(each, int) and each for each in (features, inputs)) and inputs % features == 0
+    if len(shape) >= 3 and fits and samples.are_second(source):
+        heads = inputs // features  # [T, B · H, D] becomes [T · B, H · D]
+        batch = _product(graph, [-1, size(1)], match)
+        if isinstance(batch, int):
+            return batch // heads
+        return g.call(graph, operator.floordiv, batch, heads, like=match.first) if heads > 1 else batch
+    if len(shape) < 3 or not g.same_size(shape[-1], inputs):
         return 1
-    tokens: int | Node = 1
-    for dim, size in enumerate(shape[1:-1], start=1):
-        factor = (
-            size if isinstance(size, int) else g.call(graph, aten.sym_size.int, source, dim, like=match.first)
-        )
-        if isinstance(tokens, int) and (tokens == 1 or isinstance(factor, int)):
-            tokens = factor if tokens == 1 else tokens * factor
+    return _product(graph, [size(dim) for dim in range(1, len(shape) - 1)], match)
+
+
+def _product(graph: Graph, sizes: list[int | Node], match: LinearMatch) -> int | Node:
+    """The product of sizes, as a number if all are."""
+    product: int | Node = 1
+    for size in sizes:
+        if isinstance(product, int) and (product == 1 or isinstance(size, int)):
+            product = size if product == 1 else product * size  # type: ignore[operator]
         else:
-            tokens = g.call(graph, operator.mul, tokens, factor, like=match.first)
-    return tokens
+            product = g.call(graph, operator.mul, product, size, like=match.first)
+    return product

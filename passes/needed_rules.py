@@ -326,12 +326,7 @@ def _products(known: Known, node: Node, mask: Mask) -> Needs:
         yield a, rows
 
 
-@_of_several(
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-)
+@_of_several(*g.ATTENTIONS)
 def _of_fused_attention(known: Known, node: Node, index: int, mask: Mask) -> Needs:
     given = g.arguments(node)
     query, key = given["query"], given["key"]

@@ -81,6 +81,16 @@ class LinearCounts(Site):
         _, inputs, outputs = self.shape
         self.counters.flops_backward += self.rotated.basis.flops(rows) - 2 * rows * outputs * inputs
 
+    def measure(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, tokens: int) -> None:
+        """Show the controller of adaptive sampling a backward that was exact; its arguments are those of
+        `LinearSite.linear_backward`."""
+        if x is None or dw is None or len(dy) == 0:
+            return
+        if tokens < 0:
+            samples, tokens = -tokens, len(dy) // -tokens
+            dy, x = kernel.by_sample(dy, samples), kernel.by_sample(x, samples)
+        self.counters.flops_backward += int(self.controller.observe_rows(self.name, dy, x, dw, tokens))
+
     def observe(
         self,
         telemetry: Telemetry,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,7 +105,7 @@ class LinearSite(LinearCounts):
                 and all others of dY are zero.
             x: [N, I], or None: no dW.
             w: [O, I], or None: no dX.
-            tokens: T, rows per sample.
+            tokens: T, rows per sample; or −B, where the rows of B samples alternate ([T, B, O]).
             dw_transposed: return dW as [I, O].
             phase: what the schedule says of this step; None is exact.
             use: whose base it is.
@@ -114,21 +115,31 @@ class LinearSite(LinearCounts):
         """
         needed = self._needed.pop(use)[1] if self._needed.get(use, (None,))[0] == forward else None
         measured = phase is not None and self.controller.measures(phase.step) and not self.left_alone
-        if rows is not None and (measured or (phase is not None and isinstance(phase.linear, Reuse))):
+        reuses = phase is not None and isinstance(phase.linear, Reuse)
+        again = functools.partial(
+            self.linear_backward,
+            w=w,
+            dw_transposed=dw_transposed,
+            phase=phase,
+            use=use,
+            forward=forward,
+            handed_over=handed_over,
+        )
+        if rows is not None and (measured or reuses):
             # What is remembered of tokens, or measured of samples, is of whole ones.
             self._needed[use] = forward, rows if needed is None else rows[needed]
-            dx, dw = self.linear_backward(
-                kernel.on_all_rows(dy, rows, total),
-                None if x is None else kernel.on_all_rows(x, rows, total),
-                w,
-                tokens=tokens,
-                dw_transposed=dw_transposed,
-                phase=phase,
-                use=use,
-                forward=forward,
-                handed_over=handed_over,
-            )
+            all_of_x = None if x is None else kernel.on_all_rows(x, rows, total)
+            dx, dw = again(kernel.on_all_rows(dy, rows, total), all_of_x, tokens=tokens)
             return None if dx is None else (kernel.written_out(dx).index_select(0, rows), None), dw
+        if tokens < 0 and reuses and len(dy) and not self._has_no_method(phase):
+            if needed is not None:
+                among = torch.zeros(len(dy), dtype=torch.bool).index_fill_(0, needed, True)
+                self._needed[use] = forward, kernel.by_sample(among, -tokens).nonzero().squeeze(1)
+            if on_gpu is not None:
+                self.on_device.count(on_gpu, len(dy), 2 * _inputs(x, w) * dy.shape[1])
+            turned = None if x is None else kernel.by_sample(x, -tokens)
+            dx, dw = again(kernel.by_sample(dy, -tokens), turned, tokens=len(dy) // -tokens)
+            return None if dx is None else kernel.by_token(dx, -tokens), dw
         n = len(dy) if rows is None else total
         operands = (dy.device, dy.dtype, dy.shape[rows is not None :], n, x is None, w is None)
         same = operands == self._nothing_to_ask and needed is None and not measured
@@ -137,7 +148,7 @@ class LinearSite(LinearCounts):
             self.count(n - len(dy), [len(dy)] * ((x is not None) + (w is not None)))
             self.count_forward(n - len(dy))
             return kernel.backward(dy, x, w, dy, dy, dw_transposed=dw_transposed)
-        inputs = next(t.shape[1] for t in (x, w) if t is not None)
+        inputs = _inputs(x, w)
         self.shape = (n, inputs, dy.shape[1])
         self._device = DeviceLinear.of(dy, self._device, self.settle)
         if self._device is not None:
@@ -190,11 +201,6 @@ class LinearSite(LinearCounts):
         if measured:
             self.measure(dy, x, dw, tokens)
         return dx, dw
-
-    def measure(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, tokens: int) -> None:
-        """Show the controller of adaptive sampling a backward that was exact."""
-        if x is not None and dw is not None:
-            self.counters.flops_backward += int(self.controller.observe_rows(self.name, dy, x, dw, tokens))
 
     def _hand_over(self, dy: Tensor, x: Tensor | None, dw: Tensor | None, for_dw: Estimate) -> None:
         """Give the weight gradient away: dW [O, I] in the calibration, then the corner of the rotated one."""
@@ -389,3 +395,8 @@ class LinearSite(LinearCounts):
         self._draws = state.get("draws", 0)
         self._looks.load(state.get("looks", [0, 0]))
         self._live = state.get("live")
+
+
+def _inputs(x: Tensor | None, w: Tensor | None) -> int:
+    """I, of X [N, I] or W [O, I]."""
+    return next(operand.shape[1] for operand in (x, w) if operand is not None)

@@ -8,7 +8,8 @@
 
 ``linear_backward(token, dy, x, w, site, tokens, dw_transposed, handed_over, dx_whole) -> (rows, index, dw)``
     dY [N, O], X [N, I] or None (then dw is empty), W [O, I] or None (then rows and index are empty); see
-    ``passes/linear.py``. ``site`` is a position in the graph's manifest, ``tokens`` the rows of a sample.
+    ``passes/linear.py``. ``site`` is a position in the graph's manifest, ``tokens`` the rows of a sample;
+    or −B, if the rows of B samples alternate.
     dX is ``rows[index]``: rows [N, I] holds its distinct rows, index int64 [N] says which of them stands
     where. That last gather is left to the graph, so that a compiler fuses it with what reads dX, and most
     of dX need never be written. Rows that the index does not name hold anything. With ``dx_whole`` rows is dX

@@ -177,7 +177,19 @@ class PlannedLinear:
         """
         site, choice, use = self._site, plan.choices[number], plan.uses[number]
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
-        sizes = Sizes(len(dy), inputs, dy.shape[1], tokens, x is not None, w is not None)
+        if tokens < 0 and isinstance(choice.method, Reuse) and len(dy):
+            if needed is not None:
+                site.on_device.count(needed, len(dy), 2 * inputs * dy.shape[1])
+            turned = None if x is None else aten.by_sample(x, -tokens)
+            dx, dw = self.launch(
+                *(plan, number, numbers, aten.by_sample(dy, -tokens), turned, w),
+                tokens=len(dy) // -tokens,
+                dw_transposed=dw_transposed,
+                needed=None,
+            )
+            return None if dx is None else aten.by_token(dx, -tokens), dw
+        per_sample = tokens if tokens >= 0 else len(dy) // -tokens
+        sizes = Sizes(len(dy), inputs, dy.shape[1], per_sample, x is not None, w is not None)
         self._sizes[use[0], plan.shapes] = sizes
         site.shape = (sizes.n, inputs, sizes.outputs)
         site.method = "dense" if choice.left_alone else "exact"

@@ -81,6 +81,18 @@ def written_out(dx: DistinctRows) -> Tensor:
     return rows if index is None else rows.index_select(0, index)
 
 
+def by_sample(rows: Tensor, samples: int) -> Tensor:
+    """Rows [T · B, …] that go from sample to sample, token by token, as [B · T, …], sample by sample."""
+    return rows.unflatten(0, (-1, samples)).transpose(0, 1).flatten(0, 1)
+
+
+def by_token(dx: DistinctRows, samples: int) -> DistinctRows:
+    """dX of rows [B · T, …] as that of :func:`by_sample`'s own."""
+    rows, index = dx
+    tokens = len(rows if index is None else index) // samples
+    return (by_sample(rows, tokens), None) if index is None else (rows, by_sample(index, tokens))
+
+
 def weight_gradient(dy: Tensor, x: Tensor, *, transposed: bool) -> Tensor:
     """dW = dYᵀ · X, or its transpose."""
     return torch.mm(x.t(), dy) if transposed else torch.mm(dy.t(), x)
