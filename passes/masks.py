@@ -131,7 +131,12 @@ class Masks:
         """0, 1, … along one dimension of a tensor of as many, where that is."""
         (end,) = self.sizes([size])
         device = like.meta["val"].device
-        count = self.call(aten.arange.start_step, 0, end, dtype=torch.int64, device=device)
+        # Not arange: Inductor of PyTorch 2.11 decomposes it, which it is too late for, and cannot lower it.
+        count = self.call(
+            torch.ops.prims.iota.default,
+            end,
+            **{"start": 0, "step": 1, "dtype": torch.int64, "device": device, "requires_grad": False},
+        )
         mask = self.unsqueeze(count, *(other for other in range(like.meta["val"].dim()) if other != dim))
         assert isinstance(mask, Node)
         return mask

@@ -10,7 +10,7 @@ from sparse_compile.device_attention import DeviceAttention
 from sparse_compile.kernels import attention as kernel
 from sparse_compile.kernels import on_device
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
-from sparse_compile.memory import Memories, Use
+from sparse_compile.memory import Memories, Use, last_step
 from sparse_compile.methods import attention, exact, fidelity, sample
 from sparse_compile.methods.rows import number_kept
 from sparse_compile.plan import TOO_SMALL
@@ -30,7 +30,7 @@ class AttentionSite(Site):
         super().__init__(name, **settings)
         self._memories = Memories()
         self._draws = 0
-        self._keys, self._stored = 0, False  # of the last backward
+        self._keys, self._stored, self._step = 0, False, 0  # of the last backward
         self._device: DeviceAttention | None = None
         self.planned: PlannedAttention = PlannedAttention(self)
 
@@ -41,6 +41,7 @@ class AttentionSite(Site):
         *,
         method: Method | None,
         use: Use = (0, 0),
+        step: int = 0,
     ) -> kernel.Gradients:
         """(dQ, dK, dV).
 
@@ -49,7 +50,9 @@ class AttentionSite(Site):
             forward: what the forward left.
             method: what the schedule says of attentions at this step; None is exact.
             use: whose means are reused.
+            step: of the training.
         """
+        self._step = step
         self.shape, self._keys, self._stored = forward.shape, forward.keys, forward.stored
         if self.left_alone:
             self.method = "dense"
@@ -126,8 +129,7 @@ class AttentionSite(Site):
 
             gradients = device.backward(do, forward, queries, fill_in)
         if self._memories.due(use, method.refresh_every):
-            renewed = attention.means_for_rows(do, gradients, self._sample(method, use))
-            self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
+            self._remember(attention.means_for_rows(do, gradients, self._sample(method, use)), method, use)
         return queries, gradients
 
     @staticmethod
@@ -208,9 +210,7 @@ class AttentionSite(Site):
                 kept = rows.computed[:, None, :, None]
                 self.observe(telemetry, do, forward, gradients, (kept, kept, kept))
         if self._memories.due(use, method.refresh_every):
-            sample = self._sample(method, use)
-            means = attention.means_for_rows(do, gradients, sample)
-            self._memories.remember(use, means, sizes=(self.shape[2], forward.keys))
+            self._remember(attention.means_for_rows(do, gradients, self._sample(method, use)), method, use)
         return gradients
 
     def _reuse_elements(
@@ -222,7 +222,7 @@ class AttentionSite(Site):
         self._count(0, self._rows, forward)
         if self._memories.due(use, method.refresh_every):
             renewed = attention.means_for_elements(do, ds, written_out, self._sample(method, use))
-            self._memories.remember(use, renewed, sizes=(self.shape[2], forward.keys))
+            self._remember(renewed, method, use)
         gradients = forward.like_gradients(gradients)
         if means is not None and (telemetry := self.watched()):
             for_da, for_dv = attention.kept_entries(do, means, method, live)
@@ -246,10 +246,14 @@ class AttentionSite(Site):
 
     def _recall(self, use: Use, do: Tensor, forward: kernel.Forward | CudaFused) -> dict[str, Tensor] | None:
         sizes = (self.shape[2], forward.keys)
-        another = self._memories.has_another(use, sizes)
-        means = self._memories.recall(use, do, sizes)
+        another = self._memories.has_another(use, do, sizes)
+        means = self._memories.recall(use, do, sizes, self._step)
         self.recalled(use, means is not None, another)
         return means
+
+    def _remember(self, renewed: dict[str, Tensor], method: Reuse, use: Use) -> None:
+        sizes, until = (self.shape[2], self._keys), last_step(self._step, method.refresh_every)
+        self._memories.remember(use, renewed, sizes, samples=self.shape[0], until=until)
 
     def _sample(self, method: Reuse, use: Use) -> int | None:
         if method.source == "mean":

@@ -23,6 +23,7 @@ from sparse_compile import ops as _ops  # noqa: F401  (registers the ops that th
 from sparse_compile import pack_ops as _pack_ops  # noqa: F401
 from sparse_compile import planned_ops as _planned_ops  # noqa: F401
 from sparse_compile.checks import wrong
+from sparse_compile.controller import STATE
 from sparse_compile.debug import GraphDump, dump
 from sparse_compile.kernels import on_device
 from sparse_compile.passes import graph as graph_tools
@@ -248,6 +249,7 @@ class SparseBackend:
         if not isinstance(state, Mapping):
             raise wrong("state", state, "a SparseBackend.state_dict()")
         missing = {"schedule", "seed", "step", "sites", "controller"} - set(state)
+        missing |= {f"controller.{key}" for key in STATE if key not in state.get("controller", STATE)}
         if missing:
             raise ValueError(
                 f"state is no SparseBackend.state_dict(): it lacks {', '.join(sorted(missing))}."

@@ -55,6 +55,7 @@ class Clock:
         self._shards = shards
         self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._backwards = 0  # since the last step
+        self._ends_with: int | None = None  # the backward in which optimizers step
         self.has_optimizer = False
         self.step = 0
         _clocks.add(self)
@@ -105,6 +106,21 @@ class Clock:
         if self.step > before:
             self._end(before)
 
+    def restart(self, step: int) -> None:
+        """Go on from here; backwards before do not belong to it."""
+        self.step = step
+        self._backwards = 0
+
+    def optimizer_stepped(self) -> None:
+        """End the step; or, if optimizers step within a backward, each at its parameter's gradient, when that
+        ends."""
+        backward = torch._C._current_graph_task_id()
+        if backward < 0:
+            self.tick()
+        elif backward != self._ends_with:
+            self._ends_with = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.tick)
+
     def tick(self) -> None:
         """End the step, if a backward belongs to it. (Two optimizers for one model make one step.)"""
         if self._backwards:
@@ -130,7 +146,7 @@ def _optimizer_stepped(optimizer: Optimizer, args: object, kwargs: object) -> No
     # The optimizer of FSDP's first version holds shards that no model shows: a stranger's step counts for
     # every clock that never met an optimizer of its own.
     for clock in owners or [clock for clock in clocks if not clock.has_optimizer]:
-        clock.tick()
+        clock.optimizer_stepped()
 
 
 register_optimizer_step_post_hook(_optimizer_stepped)

@@ -31,6 +31,7 @@ from sparse_compile.methods.rows import number_kept, wide
 from sparse_compile.schedule import Schedule
 from sparse_compile.settings.adaptive import Adaptive
 
+STATE = ("s", "history", "sample_shares", "row_shares")  # without which a state is none
 # Measurements that save too little come after 2, 4 and at last 8 times `cal_var_freq` steps.
 _MOST_DOUBLINGS = 3
 # A block that drops fewer of its samples is not what a measurement was worth.
@@ -326,6 +327,7 @@ class Controller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         changed()
+        self._forget()
         self.s = state["s"]
         self.history = list(state["history"])
         self._sample_shares = dict(state["sample_shares"])

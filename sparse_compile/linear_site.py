@@ -168,7 +168,7 @@ class LinearSite(LinearCounts):
             zero, estimates = self._exactly(dy, needed)
         elif isinstance(method, Reuse):
             self.method = method.method
-            zero, estimates = self._reuse(dy, tokens, method, use, needed)
+            zero, estimates = self._reuse(dy, tokens, method, use, needed, 0 if phase is None else phase.step)
         else:
             self.method = method.method
             zero, estimates = self._sample(dy, x, method, use, needed)
@@ -293,11 +293,12 @@ class LinearSite(LinearCounts):
         return len(dy) - rows.computed, (rows, rows)
 
     def _reuse(
-        self, dy: Tensor, tokens: int, method: Reuse, use: Use, needed: Tensor | None
+        self, dy: Tensor, tokens: int, method: Reuse, use: Use, needed: Tensor | None, step: int
     ) -> tuple[int, Estimates]:
         """Estimate dY by reuse, and remember it as the schedule says."""
-        base = self._memory.recall(use, dy, tokens)
-        self.recalled(use, base is not None, self._memory.has_another(use, dy, tokens))
+        another = self._memory.has_another(use, dy, tokens)
+        base = self._memory.recall(use, dy, tokens, step)
+        self.recalled(use, base is not None, another)
         if base is None:
             zero, estimates = self._exactly(dy, needed)
         elif self._device is not None and self._device.can_reuse(dy, base, method):
@@ -313,9 +314,9 @@ class LinearSite(LinearCounts):
             use,
             dy,
             tokens,
+            step,
             source=method.source,
             every=method.refresh_every,
-            recalled=base is not None,
             seed=f"{self.seed}/{self.name}",
         )
         return zero, estimates

@@ -206,7 +206,8 @@ def _attention(
     attention, use, phase = runtime.find(token.tolist(), site) or (AttentionSite(""), (0, 0), None)
     assert isinstance(attention, AttentionSite)
     method = None if phase is None or attention.controller.measures(phase.step) else phase.attention
-    return attention.backward(do, forward, method=method, use=use)
+    step = 0 if phase is None else phase.step
+    return attention.backward(do, forward, method=method, use=use, step=step)
 
 
 @torch.library.register_fake("sparse_compile::begin")

@@ -130,17 +130,17 @@ class Planned(Protocol):
         """How many rows it has, or 0: none has been seen yet; and the FLOPs of its backward."""
         ...
 
-    def age(self, use: Use, shapes: Hashable) -> int | None:
-        """Of what it remembers, in backwards; None if it is nothing."""
+    def age(self, use: Use, shapes: Hashable, step: int) -> int | None:
+        """Of what it remembers for batches of such shapes, in backwards; None if it is nothing."""
         ...
 
     def reserve(self, device: torch.device) -> None:
         """Make what launches write to, outside of the memory of a CUDA graph."""
         ...
 
-    def prepare(self, plan: Plan, number: int) -> list[int]:
-        """What is to be done at each backward, for the site with this number. Returns what its launches read
-        in this one, NUMBERS at most."""
+    def prepare(self, plan: Plan, number: int, step: int) -> list[int]:
+        """What is to be done at each backward, for the site with this number, in this step. Returns what its
+        launches read, NUMBERS at most."""
         ...
 
 
@@ -153,13 +153,13 @@ class NotPlanned:
     def size(self, use: Use, shapes: Hashable) -> tuple[int, int]:
         return 0, 0
 
-    def age(self, use: Use, shapes: Hashable) -> int | None:
+    def age(self, use: Use, shapes: Hashable, step: int) -> int | None:
         return None
 
     def reserve(self, device: torch.device) -> None:
         pass
 
-    def prepare(self, plan: Plan, number: int) -> list[int]:
+    def prepare(self, plan: Plan, number: int, step: int) -> list[int]:
         return []
 
 

@@ -17,11 +17,11 @@ from sparse_compile.device_forward import share_skipped
 from sparse_compile.kernels import on_device
 from sparse_compile.kernels.attention import Gradients
 from sparse_compile.kernels.attention_cuda import CudaFused, Queries
-from sparse_compile.memory import Use
+from sparse_compile.memory import Use, last_step
 from sparse_compile.methods import attention
 from sparse_compile.methods.rows import number_kept
 from sparse_compile.plan import Choice, Counts, Plan, Seen, hashable, plain
-from sparse_compile.planned_memory import PlannedMemory
+from sparse_compile.planned_memory import PASSED_OVER, Held, PlannedMemory
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.reuse import Reuse
 from sparse_compile.settings.sample import Sample
@@ -40,6 +40,11 @@ class Backward:
     flops: int
     by_kernel: bool
     timed_as: tuple[object, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The lengths of the sequences."""
+        return self.shape[2], self.keys
 
 
 class PlannedAttention:
@@ -64,10 +69,10 @@ class PlannedAttention:
         last = self._seen.get((use[0], shapes))
         return (0, 0) if last is None else (last.shape[0] * last.shape[2], last.flops)
 
-    def age(self, use: Use, shapes: Hashable) -> int | None:
+    def age(self, use: Use, shapes: Hashable, step: int) -> int | None:
         """See :class:`plan.Planned`."""
         last = self._seen.get((use[0], shapes))
-        return None if last is None else self.memory.age(use, (last.shape[2], last.keys))
+        return None if last is None else self.memory.age(use, last.sizes, last.shape[0], step)
 
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
@@ -77,13 +82,20 @@ class PlannedAttention:
         if self.too_small:
             return Choice()
         measured = self._site.controller.measures(phase.step)
-        choice = self._choose_backward(None if measured else phase.attention, use, last, look, seen)
+        method = None if measured else phase.attention
+        choice = self._choose_backward(method, use, last, look, seen, phase.step)
         telemetry = self._site.telemetry
         watched = choice.method is not None and telemetry is not None and telemetry.due_at(phase.step)
         return dataclasses.replace(choice, measured=measured, watched=watched)
 
     def _choose_backward(
-        self, method: Reuse | Sample | None, use: Use, last: Backward | None, look: bool, seen: Seen
+        self,
+        method: Reuse | Sample | None,
+        use: Use,
+        last: Backward | None,
+        look: bool,
+        seen: Seen,
+        step: int,
     ) -> Choice:
         if last is None:
             # Whether what needs sizes is done, is not known yet; to draw rows needs none.
@@ -98,12 +110,11 @@ class PlannedAttention:
             return Choice(look=look or skip > 0, skip=skip) if worth_looking else Choice()
         if isinstance(method, Sample):
             return Choice(method)
-        sizes = (last.shape[2], last.keys)
-        if not self.memory.has_room(use, sizes):
+        if not self.memory.has_room(use, last.sizes):
             return Choice(method, look=look)
-        age = self.memory.age(use, sizes) if seen.finite else None
-        if age is None:
-            return Choice(method, renew=True, look=look)
+        age = self.memory.age(use, last.sizes, last.shape[0], step) if seen.finite else None
+        if age is None or age == PASSED_OVER:
+            return Choice(method, renew=age is None, look=look)
         return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
 
     def _applies(self, method: Reuse | Sample, last: Backward) -> bool:
@@ -121,7 +132,7 @@ class PlannedAttention:
         self._tally.on(device)
         self.memory.reserve(device)
 
-    def prepare(self, plan: Plan, number: int) -> list[int]:
+    def prepare(self, plan: Plan, number: int, step: int) -> list[int]:
         """See :class:`plan.Planned`."""
         choice, use, site = plan.choices[number], plan.uses[number], self._site
         last = self._seen.get((use[0], plan.shapes))
@@ -132,13 +143,20 @@ class PlannedAttention:
             self.memory.clear()  # or it would be of long ago, should it be reused again
         if not isinstance(choice.method, Reuse) or last is None:
             return []
-        sizes = (last.shape[2], last.keys)
         if choice.recall:
-            self.memory.recalled(use, sizes)
+            self.memory.recalled(use, last.sizes)
+        elif not choice.renew and self.memory.has_room(use, last.sizes):
+            self.memory.passed_over(use, last.sizes)
         if not choice.renew:
             return []
         seed = f"{site.seed}/{site.name}/{use}/{self.memory.refreshes + 1}"
-        return self.memory.renewed(use, sizes, source=choice.method.source, samples=last.shape[0], seed=seed)
+        return self.memory.renewed(
+            *(use, last.sizes),
+            source=choice.method.source,
+            samples=last.shape[0],
+            until=last_step(step, choice.method.refresh_every),
+            seed=seed,
+        )
 
     def launch(self, plan: Plan, number: int, numbers: Tensor, do: Tensor, forward: CudaFused) -> Gradients:
         """(dQ, dK, dV), as :meth:`AttentionSite.backward`. ``numbers`` are those of :meth:`prepare`."""
@@ -235,8 +253,8 @@ class PlannedAttention:
     def state_dict(self) -> dict[str, Any]:
         """As :class:`Memories`'; and what was seen of batches."""
         snapshots = {
-            f"{call}/{lane}": (tensors, list(sizes), age)
-            for (call, lane), sizes, tensors, age in self.memory.items()
+            f"{call}/{lane}": (held.tensors, list(sizes), held.age, held.samples, held.until)
+            for (call, lane), sizes, held in self.memory.items()
         }
         sizes = [
             [call, shapes, seen.shape, seen.keys, seen.flops, seen.by_kernel]
@@ -249,9 +267,9 @@ class PlannedAttention:
         self.memory.refreshes = state.get("draws", 0)
         for call, shapes, shape, *seen in state.get("sizes", []):
             self._seen[call, hashable(shapes)] = Backward(tuple(shape), *seen)
-        for key, (tensors, sizes, age) in state.get("snapshots", {}).items():
+        for key, (tensors, sizes, *held) in state.get("snapshots", {}).items():
             call, lane = key.split("/")
-            self.memory.load((int(call), int(lane)), tuple(sizes), tensors, age)
+            self.memory.load((int(call), int(lane)), tuple(sizes), Held(tensors, *held))
 
 
 def _keeps_rows(method: Reuse | Sample) -> bool:

@@ -33,7 +33,7 @@ class PlannedBlock:
         """See :class:`plan.Planned`."""
         return 0, 0
 
-    def age(self, use: Use, shapes: Hashable) -> int | None:
+    def age(self, use: Use, shapes: Hashable, step: int) -> int | None:
         """See :class:`plan.Planned`."""
         return None
 
@@ -48,7 +48,7 @@ class PlannedBlock:
         """Make what launches write to."""
         self._tally.on(device)
 
-    def prepare(self, plan: Plan, number: int) -> list[int]:
+    def prepare(self, plan: Plan, number: int, step: int) -> list[int]:
         """See :class:`plan.Planned`."""
         choice, use = plan.choices[number], plan.uses[number]
         if choice.method is None:

@@ -20,10 +20,10 @@ from sparse_compile.device_forward import Needed
 from sparse_compile.device_linear import WORTH_LOOKING, DeviceLinear
 from sparse_compile.kernels import linear as aten
 from sparse_compile.kernels import on_device
-from sparse_compile.memory import Use
+from sparse_compile.memory import Use, last_step
 from sparse_compile.methods.rows import Estimate, Rows, number_kept
 from sparse_compile.plan import NUMBERS, Choice, Counts, Plan, Seen, hashable, plain
-from sparse_compile.planned_memory import PlannedMemory
+from sparse_compile.planned_memory import PASSED_OVER, Held, PlannedMemory
 from sparse_compile.schedule import Phase
 from sparse_compile.settings.adaptive import Adaptive
 from sparse_compile.settings.reuse import Reuse
@@ -44,6 +44,10 @@ class Sizes:
     tokens: int
     has_x: bool
     has_w: bool
+
+    @property
+    def samples(self) -> int:
+        return self.n // max(self.tokens, 1)
 
 
 class PlannedLinear:
@@ -68,10 +72,10 @@ class PlannedLinear:
         sizes = self._sizes.get((use[0], shapes))
         return (0, 0) if sizes is None else (sizes.n, 4 * sizes.n * sizes.inputs * sizes.outputs)
 
-    def age(self, use: Use, shapes: Hashable) -> int | None:
+    def age(self, use: Use, shapes: Hashable, step: int) -> int | None:
         """See :class:`plan.Planned`."""
         sizes = self._sizes.get((use[0], shapes))
-        return None if sizes is None else self.memory.age(use, (sizes.tokens,))
+        return None if sizes is None else self.memory.age(use, (sizes.tokens,), sizes.samples, step)
 
     def choose(self, phase: Phase, use: Use, shapes: Hashable, look: bool, seen: Seen) -> Choice:
         """See :class:`plan.Planned`."""
@@ -81,19 +85,26 @@ class PlannedLinear:
             choice = Choice(left_alone=True)
         else:
             method = None if measured or site.held_back else phase.linear
-            choice = self._choose_backward(method, use, sizes, look, seen)
+            choice = self._choose_backward(method, use, sizes, look, seen, phase.step)
         due = site.telemetry is not None and site.telemetry.due_at(phase.step)
         return dataclasses.replace(
             choice,
             measured=measured,
             watched=choice.method is not None and due,
-            # Also of one that is left alone: other linears may share its mask.
-            count_mask=sizes is None or (seen.makes_mask and (look or seen.skip_mask > 0)),
+            # Also of one that is left alone: other linears may share its mask. And where none was counted
+            # yet, as of most linears, which make none.
+            count_mask=sizes is None or not seen.makes_mask or look or seen.skip_mask > 0,
             skip_mask=seen.skip_mask,
         )
 
     def _choose_backward(
-        self, method: Reuse | Sample | Adaptive | None, use: Use, sizes: Sizes | None, look: bool, seen: Seen
+        self,
+        method: Reuse | Sample | Adaptive | None,
+        use: Use,
+        sizes: Sizes | None,
+        look: bool,
+        seen: Seen,
+        step: int,
     ) -> Choice:
         site, skip = self._site, seen.skip
         share = 1.0 if method is None else site.share(method)
@@ -109,14 +120,11 @@ class PlannedLinear:
             return Choice(method, look=exactly and (look or skip > 0), skip=skip if exactly else 0)
         if sizes is None:  # whether it is reused, is not known yet
             return Choice(method, look=look or skip > 0, skip=skip)
-        computed = number_kept(method.keep, sizes.n) + sizes.tokens
-        if sizes.n == 0 or sizes.n % sizes.tokens or computed > aten.DENSE_SHARE * sizes.n:
-            return Choice(look=look)
-        if not self.memory.has_room(use, (sizes.tokens,)):
+        if not _few(method, sizes) or not self.memory.has_room(use, (sizes.tokens,)):
             return Choice(method, look=look)
-        age = self.memory.age(use, (sizes.tokens,)) if seen.finite else None
-        if age is None:
-            return Choice(method, renew=True, look=look)
+        age = self.memory.age(use, (sizes.tokens,), sizes.samples, step) if seen.finite else None
+        if age is None or age == PASSED_OVER:
+            return Choice(method, renew=age is None, look=look)
         return Choice(method, recall=True, renew=age + 1 >= method.refresh_every)
 
     def _pays(self, method: Reuse | Sample | Adaptive, share: float, sizes: Sizes | None) -> bool:
@@ -130,7 +138,7 @@ class PlannedLinear:
         self._site.on_device.reserve(device)
         self.memory.reserve(device)
 
-    def prepare(self, plan: Plan, number: int) -> list[int]:
+    def prepare(self, plan: Plan, number: int, step: int) -> list[int]:
         """See :class:`plan.Planned`."""
         choice, use = plan.choices[number], plan.uses[number]
         sizes = self._sizes.get((use[0], plan.shapes))
@@ -148,12 +156,17 @@ class PlannedLinear:
             return []
         if choice.recall:
             self.memory.recalled(use, (sizes.tokens,))
+        elif not choice.renew and self.memory.has_room(use, (sizes.tokens,)):
+            self.memory.passed_over(use, (sizes.tokens,))
         if not choice.renew:
             return []
         seed = f"{self._site.seed}/{self._site.name}/{use}/{self.memory.refreshes}"
-        samples = sizes.n // sizes.tokens
         return self.memory.renewed(
-            use, (sizes.tokens,), source=choice.method.source, samples=samples, seed=seed
+            *(use, (sizes.tokens,)),
+            source=choice.method.source,
+            samples=sizes.samples,
+            until=last_step(step, choice.method.refresh_every),
+            seed=seed,
         )
 
     def launch(
@@ -209,7 +222,7 @@ class PlannedLinear:
         dx, dw = self.device.backward(dy, x, w, for_dx, for_dw, dw_transposed=dw_transposed)
         site.kernel, self.device.needed = self.device.kernel, None
         if isinstance(choice.method, Reuse):
-            self._remember(choice, choice.method, use, numbers, dy, tokens, report)
+            self._remember(choice, choice.method, use, numbers, dy, sizes, report)
         computed = [e.computed if isinstance(e, Rows) else sizes.n for e in (for_dx, for_dw)]
         self._count(plan, use, sizes, computed)
         if choice.watched and (telemetry := site.watched()):
@@ -280,14 +293,15 @@ class PlannedLinear:
         use: Use,
         numbers: Tensor,
         dy: Tensor,
-        tokens: int,
+        sizes: Sizes,
         report: Tensor,
     ) -> None:
+        of = (sizes.tokens,)
         if choice.renew:
             which = numbers[:1] if method.source == "sample" else None
-            on_device.renew_base(dy, self.memory.tensors(use, (tokens,))["base"], which, report[2:])
-        elif not choice.recall:
-            self.memory.want(use, (tokens,), {"base": ((tokens, dy.shape[1]), dy.dtype)})
+            on_device.renew_base(dy, self.memory.tensors(use, of)["base"], which, report[2:])
+        elif not choice.recall and _few(method, sizes):
+            self.memory.want(use, of, {"base": ((sizes.tokens, sizes.outputs), dy.dtype)})
 
     def _count(self, plan: Plan, use: Use, sizes: Sizes, computed: list[int]) -> None:
         site = self._site
@@ -308,7 +322,8 @@ class PlannedLinear:
     def state_dict(self) -> dict[str, Any]:
         """As :class:`Memory`'s; and what was seen of batches."""
         bases = {
-            f"{call}/{lane}": (tensors["base"], age) for (call, lane), _, tensors, age in self.memory.items()
+            f"{call}/{lane}": (held.tensors["base"], held.age, held.samples, held.until)
+            for (call, lane), _, held in self.memory.items()
         }
         sizes = [[call, shapes, *dataclasses.astuple(seen)] for (call, shapes), seen in self._sizes.items()]
         return {"bases": bases, "refreshes": self.memory.refreshes, "sizes": plain(sizes)}
@@ -318,6 +333,14 @@ class PlannedLinear:
         self.memory.refreshes = state.get("refreshes", 0)
         for call, shapes, *seen in state.get("sizes", []):
             self._sizes[call, hashable(shapes)] = Sizes(*seen)
-        for key, (value, age) in state.get("bases", {}).items():
+        for key, (value, age, samples, until) in state.get("bases", {}).items():
             call, lane = key.split("/")
-            self.memory.load((int(call), int(lane)), (len(value),), {"base": value}, age)
+            held = Held({"base": value}, age, samples, until)
+            self.memory.load((int(call), int(lane)), (len(value),), held)
+
+
+def _few(method: Reuse, sizes: Sizes) -> bool:
+    """Whether reuse leaves so few distinct rows that it saves anything."""
+    if sizes.n == 0 or sizes.n % sizes.tokens:
+        return False
+    return number_kept(method.keep, sizes.n) + sizes.tokens <= aten.DENSE_SHARE * sizes.n

@@ -157,7 +157,8 @@ class Planner:
         ]
         ages = None
         if isinstance(phase.linear, Reuse) or isinstance(phase.attention, Reuse):
-            ages = [site.planned.age(use, shapes) for site, use in zip(self._sites, uses, strict=True)]
+            of_sites = zip(self._sites, uses, strict=True)
+            ages = [site.planned.age(use, shapes, phase.step) for site, use in of_sites]
         return seen, (phase.linear, phase.attention, phase.blocks, seen, ages, changes())
 
     def _choose(
@@ -185,7 +186,11 @@ class Planner:
             case.patterns.add(tuple(left_out))
         elif left_out != case.skipped:
             choices = [
-                dataclasses.replace(choice, skip=skip if choice.look else 0, skip_mask=mask)
+                dataclasses.replace(
+                    choice,  # what is not counted in this step cannot be skipped
+                    skip=skip if choice.look else 0,
+                    skip_mask=mask if choice.count_mask else 0,
+                )
                 for choice, (skip, mask) in zip(choices, case.skipped, strict=True)
             ]
         self._before = [
@@ -206,11 +211,11 @@ class Planner:
         if plan.status is not None:
             plan.status.send()
 
-    def prepare(self, plan: Plan, device: torch.device) -> Tensor:
-        """A backward of the plan begins: the numbers that change, int64 [sites, NUMBERS]."""
+    def prepare(self, plan: Plan, device: torch.device, step: int) -> Tensor:
+        """A backward of the plan begins, in this step: the numbers that change, int64 [sites, NUMBERS]."""
         plan.backwards += 1
         plan.turn = next(_turns)
-        numbers = [site.planned.prepare(plan, number) for number, site in enumerate(self._sites)]
+        numbers = [site.planned.prepare(plan, number, step) for number, site in enumerate(self._sites)]
         if not any(numbers):
             return torch.zeros(len(numbers), NUMBERS, dtype=torch.int64, device=device)
         padded = [some + [0] * (NUMBERS - len(some)) for some in numbers]

@@ -10,14 +10,19 @@ from sparse_compile.planner import Planner
 from sparse_compile.site import Site
 from sparse_compile.sites import SiteRecord
 
-_LANES = 16  # what is remembered for each is kept
+LANES = 16  # what is remembered for each is kept
 
 
 @dataclasses.dataclass(slots=True)
 class Lanes:
     """The forwards in flight of the same layers, through whichever of their graphs (there is one for each
-    kind of input)."""
+    kind of input).
 
+    Attributes:
+        first: the lowest number.
+    """
+
+    first: int = 0
     taken: dict[int, None] = dataclasses.field(default_factory=dict)  # the longest taken first
     step: int = 0
     graph: int | None = None  # that ran last
@@ -37,8 +42,8 @@ class Lanes:
     def next(self, step: int) -> int:
         """The lane that a forward would be given."""
         taken = self.taken if step == self.step else {}
-        free = (lane for lane in range(_LANES) if lane not in taken)
-        return next(free, next(iter(taken), 0))
+        free = (lane for lane in range(self.first, self.first + LANES) if lane not in taken)
+        return next(free, next(iter(taken), self.first))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

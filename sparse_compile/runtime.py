@@ -34,7 +34,7 @@ from sparse_compile.naming import NamedInput, Owner
 from sparse_compile.plan import Plan
 from sparse_compile.planner import PlannedCalls, Planner
 from sparse_compile.rotation import Rotation
-from sparse_compile.running import Lanes, RunningGraph
+from sparse_compile.running import LANES, Lanes, RunningGraph
 from sparse_compile.schedule import Phase, Schedule
 from sparse_compile.settings.monitor import Monitor
 from sparse_compile.site import Site
@@ -133,7 +133,7 @@ class Runtime:
         if number is None:
             sites, saved = from_manifest(manifest)
             records = self.note(sites, saved, owner)
-            lanes = self._lanes.setdefault(tuple(record.name for record in records), Lanes())
+            lanes = self._lanes_of(tuple(dict.fromkeys(record.name for record in records)))
             sites_made = self._make_sites(records, owner)
             number = self._graph_ids[key] = len(self._graphs)
             planner = Planner(sites_made, [record.call for record in records])
@@ -143,6 +143,14 @@ class Runtime:
             graph.lanes.graph = number
             self._show(graph.records)
         return self.id, number, graph.lanes.open(self.clock.step), next(_forwards)
+
+    def _lanes_of(self, layers: tuple[str, ...]) -> Lanes:
+        """Those of the graphs of exactly these layers. Other graphs with some of them get other numbers:
+        where a graph break lies between two uses of an encoder, or a model has several tasks."""
+        if layers not in self._lanes:
+            others = sum(not set(layers).isdisjoint(each) for each in self._lanes)
+            self._lanes[layers] = Lanes(first=others * LANES)
+        return self._lanes[layers]
 
     def plan(self, calls: PlannedCalls, owner: Owner, inputs: Sequence[Any]) -> Plan:
         """What a forward that is about to begin does."""
@@ -170,7 +178,7 @@ class Runtime:
     def prepare(self, token: Token, plan: Plan, device: torch.device) -> Tensor:
         """A backward of a plan begins; the numbers that change from step to step."""
         self._backward_began(self._graphs[token[1]], token[2])
-        return self._graphs[token[1]].planner.prepare(plan, device)
+        return self._graphs[token[1]].planner.prepare(plan, device, self.clock.step)
 
     def note(self, records: list[SiteRecord], saved: list[SavedRecord], owner: Owner) -> list[SiteRecord]:
         """The records of a graph under their full names, kept for the report; of a layer's graphs the newest
@@ -335,8 +343,8 @@ class Runtime:
                 states.check_names(state["sites"], root, self.records)
         for name in self.sites:
             states.check_sizes(self.sites[name], state["sites"].get(name, {}), self._shapes(name))
+        self.clock.restart(state["step"])
         self.seed = state["seed"]
-        self.clock.step = state["step"]
         self._pending = dict(state["sites"])
         self.controller.load_state_dict(state["controller"])
         if self.rotation is not None:

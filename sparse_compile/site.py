@@ -15,8 +15,8 @@ from sparse_compile.settings.reuse import Reuse
 from sparse_compile.telemetry import Telemetry
 
 NOTHING_TO_REUSE = (
-    "nothing to reuse, so steps are exact: the sequences of the step before had another length. "
-    "Pad to a fixed length."
+    "nothing to reuse, so steps are exact: the batch of the step before had another size. "
+    "Pad to a fixed length, and take as many samples each time."
 )
 
 
@@ -75,7 +75,7 @@ class Site:
         self.kernel = ""
         self.counters = Counters()
         self.planned: Planned = NotPlanned()
-        # Backwards in succession that found sequences of another length to reuse, by use.
+        # Backwards in succession that found what is of batches of another size, by use.
         self._missed: dict[tuple[int, int], int] = {}
 
     @staticmethod
@@ -99,13 +99,13 @@ class Site:
 
     def recalled(self, use: tuple[int, int], found: bool, another: bool) -> None:
         """A backward by reuse has found what is to be reused; or not, and is exact: there is nothing yet, or
-        something of ``another`` length."""
+        something of ``another`` size."""
         self._missed[use] = 0 if found else self._missed.get(use, 0) + another
         if not found:
             self.method = "exact"
 
     def finds_nothing_to_reuse(self, method: object) -> bool:
-        """Whether lengths change again and again."""
+        """Whether sizes change again and again."""
         return isinstance(method, Reuse) and max(self._missed.values(), default=0) > 1
 
     def watched(self) -> Telemetry | None:

@@ -160,13 +160,13 @@ class Run:
             site.settle()
         return {name: dataclasses.asdict(site.counters) for name, site in sites.items()}
 
-    def plan_of_a_step(self) -> plan.Plan:
+    def plan_of_a_step(self, *batches: Batch) -> plan.Plan:
         """What one more step does."""
         made: list[plan.Plan] = []
         with self._monkeypatch.context() as patch:
             begin = Planner.begin
             patch.setattr(Planner, "begin", staticmethod(lambda plan: (made.append(plan), begin(plan))))
-            self()
+            self(*batches)
         return made[0]
 
     @property

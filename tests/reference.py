@@ -6,7 +6,8 @@
     dX = S · W + P · W,    dW = Sᵀ · X + Pᵀ · Σ_b X_b,    db = Σ dY
 
 A row of dY that is zero has the gradient zero: neither S nor P is added there. The first backward, and one
-with another number of tokens, is dense. Loops where they read like the formula; nothing here is fast.
+with another number of tokens, is dense; so is one with another number of samples, by more than a quarter, and
+the first of these leaves the base as it is. Loops where they read like the formula; nothing here is fast.
 """
 
 from __future__ import annotations
@@ -40,10 +41,13 @@ class Recipe:
 
 @dataclasses.dataclass
 class Memory:
-    """P, and for how many backwards it has been used."""
+    """P, for how many backwards it has been used, how many samples it is of, and whether the last backward
+    was of another number of them."""
 
     base: Tensor | None = None
     age: int = 0
+    samples: int = 0
+    skipped: bool = False
 
 
 def largest(values: list[float], count: int) -> set[int]:
@@ -105,15 +109,21 @@ class _Linear(torch.autograd.Function):
         memory, recipe = ctx.memory, ctx.recipe
         tokens = x[0, ..., 0].numel()  # of one sample; 1 where the input is [B, I]
         flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        samples = len(flat_dy) // tokens
         base = memory.base if memory.base is not None and len(memory.base) == tokens else None
+        fits = 0.75 <= samples / max(memory.samples, 1) <= 1.25
+        skip = base is not None and not fits and not memory.skipped
+        if not fits:
+            base = None
+        memory.skipped = skip
         dx, dw = gradients(flat_dy, flat_x, w, base, recipe)
-        if recipe.ratio != 0.0:
+        if recipe.ratio != 0.0 and not skip:
             memory.age = memory.age + 1 if base is not None else 0
             if base is None or memory.age >= recipe.refresh_every:
                 per_sample = flat_dy.reshape(-1, tokens, flat_dy.shape[1])
                 memory.base = per_sample.mean(0) if recipe.sample is None else per_sample[recipe.sample]
-                memory.age = 0
-        else:  # what comes after it has no base of the step before
+                memory.age, memory.samples = 0, samples
+        elif not skip:  # what comes after it has no base of the step before
             memory.base = None
         return dx.reshape(x.shape), dw, flat_dy.sum(0) if ctx.has_bias else None, None, None
 

@@ -178,6 +178,29 @@ def test_several_graphs_are_one_step():
     assert [site.name for site in backend.report().sites] == ["first", "second", "third"]
 
 
+@SEVERAL_GRAPHS
+@pytest.mark.parametrize("each", ["each layer", "a graph break"])
+def test_optimizers_that_step_within_the_backward_make_one_step(each):
+    """As soon as a parameter has its gradient: its memory is free then."""
+    backend = sparse_backend(PHASED, compiler="aot_eager")
+    if each == "each layer":
+        model = nn.ModuleList([MLP(), MLP()])
+        for layer in model:
+            layer.compile(backend=backend)
+
+        def compiled(x):
+            return model[0](x) + model[1](x)
+    else:
+        model = Broken()
+        compiled = torch.compile(model, backend=backend)
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.01)
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    for step in range(1, 4):
+        square_loss(compiled(torch.randn(4, 3, 6))).backward()
+        assert backend.step == step
+
+
 def test_step_may_be_set():
     run = Training()
     run.backward()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_compile import Reuse, Sample, Schedule, SparseBackend, sparse_backend
+from sparse_compile.methods.attention import choose_rows
 
 B, T, D = 4, 6, 8
 
@@ -32,8 +33,8 @@ class Training:
         return [site.method for site in self.backend.report().sites if site.kind == "linear"]
 
 
-def x(tokens: int = T, width: int = D) -> Tensor:
-    return torch.randn(B, tokens, width, dtype=torch.float64)
+def x(tokens: int = T, width: int = D, samples: int = B) -> Tensor:
+    return torch.randn(samples, tokens, width, dtype=torch.float64)
 
 
 def attention(core: str) -> nn.Module:
@@ -69,6 +70,82 @@ def test_nor_are_the_means_of_an_attention(core: str) -> None:
         training.step(x())
         methods += [site.method for site in training.backend.report().sites if site.kind == "attention"]
     assert methods == ["exact", "reuse", "reuse", *["exact"] * 4, "reuse"]
+
+
+@pytest.mark.usefixtures("reuse_however_little_it_saves")
+@pytest.mark.parametrize("core", ["fused", "chain"])
+def test_one_batch_of_another_size_leaves_the_means_of_an_attention(core: str) -> None:
+    training = Training(attention(core), Schedule(attention=Reuse(0.5)))
+    methods = []
+    for samples in (8, 8, 1, 8, 7, 1, 1, 1):
+        training.step(x(samples=samples))
+        methods += [site.method for site in training.backend.report().sites if site.kind == "attention"]
+    reused = ["reuse" if method == "reuse" else "exact" for method in methods]
+    assert reused == ["exact", "reuse", "exact", "reuse", "reuse", "exact", "exact", "reuse"]
+
+
+class Sometimes(nn.Module):
+    """A layer that not every step trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        return self.other(torch.tanh(self.layer(x)) if both else x)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_no_base_is_of_long_ago(every: int) -> None:
+    training = Training(Sometimes(), Schedule(linear=Reuse(0.5, refresh_every=every)))
+
+    def methods(steps: list[bool]) -> list[str]:
+        found = []
+        for both in steps:
+            training.optimizer.zero_grad()
+            training.run(x(), both).square().sum().backward()
+            training.optimizer.step()
+            found += [site.method for site in training.backend.report().sites if site.name == "layer"]
+        return found[-1:]
+
+    assert methods([True, True]) == ["reuse"]
+    assert methods([False, True]) == ["reuse"]
+    assert methods([False] * (every + 1) + [True]) == ["exact"]
+    assert methods([True]) == ["reuse"]
+
+
+def test_two_graphs_with_a_layer_in_common_remember_one_gradient_each() -> None:
+    """Both are in flight at once."""
+
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one = torch.tanh(self.encoder(x))
+            torch._dynamo.graph_break()
+            return one + self.head(torch.tanh(self.encoder(x + 1)))
+
+    training = Training(Siamese(), Schedule(linear=Reuse(0.5)))
+    given = x()
+    training.step(given)
+    found = training.model.encoder.weight.grad.clone()
+    training.model.zero_grad()
+    training.model(given).square().sum().backward()
+    torch.testing.assert_close(found, training.model.encoder.weight.grad)
+    assert training.step(given).count("reuse") >= 2
+    assert len(training.backend.state_dict()["sites"]["encoder"]["bases"]) == 2
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    """Of rows whose sum of norms does."""
+    do = 40 * torch.randn(B, 2, 256, 16, dtype=torch.float16)
+    rows = choose_rows(do, torch.zeros_like(do[0]), 0.5, None)
+    expected = choose_rows(do.double(), torch.zeros_like(do[0]).double(), 0.5, None)
+    assert torch.equal(rows.computed, expected.computed)
+    torch.testing.assert_close(rows.share.double(), expected.share, rtol=1e-5, atol=0)
+    assert float(rows.share.min()) > 0.1
 
 
 def test_no_base_is_of_another_width() -> None:
@@ -138,7 +215,7 @@ def test_what_is_said_of_a_layer_that_has_nothing_to_reuse_yet() -> None:
     assert training.backend.report().sites[0].reason == ""
     for tokens in (T, T - 1, T, T - 1):
         training.step(x(tokens))
-    assert "another length" in training.backend.report().sites[0].reason
+    assert "another size" in training.backend.report().sites[0].reason
 
 
 @pytest.mark.usefixtures("reuse_however_little_it_saves")

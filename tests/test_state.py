@@ -146,6 +146,10 @@ def test_state_of_another_schedule_is_refused():
     [
         ({}, "controller, schedule, seed, sites, step"),
         ({"seed": 1, "step": 2, "model": 3}, "controller, schedule, sites"),
+        (
+            {"seed": 1, "step": 2, "schedule": 3, "sites": {}, "controller": {"s": 0.0}},
+            "controller.history, controller.row_shares, controller.sample_shares",
+        ),
     ],
 )
 def test_state_of_something_else_is_refused(junk, lacks):

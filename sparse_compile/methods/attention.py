@@ -23,8 +23,10 @@ older. (Means of the true gradients would need all rows.)
 **Sampling**. Rows drawn by ‖dO_t‖ over all heads, and scaled up (``sample.py``). What an attention gives is
 linear in dO, and so it is unbiased.
 
-A row whose dO is zero in all heads has no gradient, and nothing is filled in there; nor for a key that no row
-of its sample attends to, padding for instance.
+A row whose dO is zero in all heads has no gradient, and nothing is filled in there; nor for a key that no
+computed row of its sample attends to, padding for instance. (So dK and dV get nothing where all rows of a
+sample were dropped. In random data it was better to fill them in there, too, if the gradients of samples were
+of much the same size, and worse if they were not.)
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ def choose_rows(do: Tensor, mean: Tensor, keep: float, live: Tensor | None) -> C
     computed = torch.zeros(b * t, dtype=torch.bool, device=do.device)
     computed[chosen.kept] = True
     dropped = cast(Tensor, chosen.dropped).view(b, t)
-    norms = torch.linalg.vector_norm(rows, dim=1).view(b, t)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=wide(rows.dtype)).view(b, t)
     return ChosenRows(computed.view(b, t), dropped, share_of(norms, dropped))
 
 

@@ -17,11 +17,13 @@ and both products need only the kept rows and the T rows of P.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from sparse_compile.kernels import linear as kernel
-from sparse_compile.methods.rows import Estimate, Rows, number_kept
+from sparse_compile.methods.rows import Estimate, Rows, number_kept, wide
 from sparse_compile.phases import parse_n_m
 from sparse_compile.settings.reuse import Reuse
 
@@ -67,7 +69,8 @@ def _residual_norms(dy: Tensor, base: Tensor) -> Tensor:
     """‖dY_i − P_t‖ for every row, [N]; a few samples at a time, so that R stays in cache."""
     per_sample = dy.view(-1, *base.shape)
     samples = max(1, 2**20 // base.numel())
-    norms = [torch.linalg.vector_norm(some - base, dim=-1) for some in per_sample.split(samples)]
+    of = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=wide(dy.dtype))
+    norms = [of(some - base) for some in per_sample.split(samples)]
     return torch.cat(norms).view(-1)
 
 
@@ -101,6 +104,7 @@ def n_of_m(dy: Tensor, base: Tensor, n: int, m: int, live: Tensor | None, *, dim
 def largest_of_neighbours(size: Tensor, n: int, m: int) -> Tensor:
     """Which entries are among the n largest of their group: bool. Groups are m neighbours in the last
     dimension, from its start; a last, shorter one keeps its n largest."""
+    n, m = min(n, size.shape[-1]), min(m, size.shape[-1])
     groups = torch.nn.functional.pad(size, (0, -size.shape[-1] % m), value=-1.0).unflatten(-1, (-1, m))
     kept = torch.zeros_like(groups, dtype=torch.bool)
     kept.scatter_(-1, groups.topk(n, dim=-1, sorted=False).indices, True)
