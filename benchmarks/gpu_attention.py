@@ -7,6 +7,7 @@ that a site does in a backward, rows drawn, or looked for, included.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,11 +19,11 @@ KEEPS = (0.1, 0.25, 0.5)
 Runs = dict[str, Callable[[], object]]
 
 
-def candidates(device: torch.device, smoke: bool) -> Iterator[tuple[str, Runs, Any]]:
+def candidates(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[], tuple[Runs, Any]]]]:
     """What is compared.
 
     Yields:
-        (name, what is run: "ours", and "dense", and the site that is run, or None).
+        (name, what makes it: what is run, "ours" and "dense", and the site that is run, or None).
     """
     from sparse_compile import Sample
     from sparse_compile.attention_site import AttentionSite
@@ -34,29 +35,23 @@ def candidates(device: torch.device, smoke: bool) -> Iterator[tuple[str, Runs, A
         size = f"{b} × {t}, {h} × {d}{', causal' if causal else ''}"
         for keep in KEEPS:
             live = some_of(b, t, keep, device)
-            _check(forward, do, live)
-            yield (
-                f"kernels, keep {keep}, {size}",
-                {
-                    "ours": lambda forward=forward, do=do, live=live: by_kernels(forward, do, live),
-                    "dense": lambda forward=forward, do=do: forward.backward(do),
-                },
-                None,
-            )
+            yield f"kernels, keep {keep}, {size}", functools.partial(kernels_alone, forward, do, live)
         zero = do * some_of(b, t, 0.5, device)[:, None, :, None]
         methods = [(f"sample, keep {keep}", Sample(keep), do) for keep in KEEPS]
         for name, method, gradient in [*methods, ("exact, half zero", None, zero)]:
             site = AttentionSite(name)
+            runs: Runs = {
+                "ours": functools.partial(site.backward, gradient, forward, method=method),
+                "dense": functools.partial(forward.backward, gradient),
+            }
+            yield f"{name}, {size}", functools.partial(lambda *both: both, runs, site)
 
-            def ours(
-                site: Any = site, forward: Any = forward, gradient: Tensor = gradient, method: Any = method
-            ) -> object:
-                return site.backward(gradient, forward, method=method)
 
-            def dense(forward: Any = forward, gradient: Tensor = gradient) -> object:
-                return forward.backward(gradient)
-
-            yield f"{name}, {size}", {"ours": ours, "dense": dense}, site
+def kernels_alone(forward: Any, do: Tensor, live: Tensor) -> tuple[Runs, None]:
+    """After a look at whether they give what the dense backward does."""
+    _check(forward, do, live)
+    ours = functools.partial(by_kernels, forward, do, live)
+    return {"ours": ours, "dense": functools.partial(forward.backward, do)}, None
 
 
 def backward_of(b: int, t: int, h: int, d: int, causal: bool, device: torch.device) -> tuple[Tensor, Any]:

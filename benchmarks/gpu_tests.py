@@ -8,6 +8,7 @@ that of Triton's compiler.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import from_source
 
 ROOT = from_source.ROOT
+PATIENCE = 150  # seconds for one file; the numbers are to come after them
 TESTS = (
     "tests/test_plan.py",
     "tests/test_plan_observed.py",
@@ -39,8 +41,8 @@ TESTS = (
     "tests/test_device_attention.py",
     "tests/test_device_attention_pays.py",
     "tests/test_device_moves.py",
-    "tests/test_device_distributed.py",
     "tests/test_pack_ops.py",
+    "tests/test_device_distributed.py",
 )
 
 
@@ -48,8 +50,19 @@ def run() -> bool:
     """Whether all tests pass; what fails is printed."""
 
     def of(file: str) -> bool:
-        done = subprocess.run([sys.executable, __file__, file], cwd=ROOT, capture_output=True, text=True)
-        said = done.stdout + done.stderr
+        done = subprocess.Popen(
+            [sys.executable, __file__, file],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = done.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)  # and what it has started
+            said = f"{done.communicate()[0]}\nnot done after {PATIENCE} s"
         print(f"{file}: {(said.strip().splitlines() or ['nothing was said'])[-1]}", flush=True)
         if done.returncode:
             print(said[-8000:], flush=True)

@@ -220,6 +220,11 @@ class DeviceLinear:
         def by_triton() -> tuple[aten.DistinctRows | None, Tensor | None]:
             return on_device.backward(dy, x, w, *estimates, dw_transposed=dw_transposed)
 
+        def by_both() -> tuple[aten.DistinctRows | None, Tensor | None]:
+            dx, _ = on_device.backward(dy, None, w, *estimates, dw_transposed=dw_transposed)
+            _, dw = aten.backward(dy, x, None, *for_aten, dw_transposed=dw_transposed)
+            return dx, dw
+
         def by_cusparselt() -> tuple[aten.DistinctRows | None, Tensor | None]:
             return semi_structured.backward(x, w, for_dx, for_dw, dw_transposed=dw_transposed)
 
@@ -228,6 +233,8 @@ class DeviceLinear:
         if any(isinstance(e, Neighbours) for e in wanted):
             candidates["cusparselt"] = by_cusparselt
         elif any(isinstance(e, Rows) and e.count is not None for e in wanted):
+            if len(wanted) == 2 and all(isinstance(e, Rows) and not e.padded for e in wanted):
+                candidates["triton+aten"] = by_both  # dX by one, dW by the other
             candidates["triton"] = by_triton
         inputs = next(t.shape[1] for t in (x, w) if t is not None)
         key = (

@@ -45,7 +45,8 @@ class SiteReport:
         rewritten: whether an op of ours does its backward.
         reason: why not, or why it gets another method than the schedule's.
         calls: how often it is used in one forward.
-        kernel: on a GPU, what its last products ran on: ``"aten"`` or ``"triton"``, whichever was faster.
+        kernel: on a GPU, what its last products ran on: ``"aten"``, ``"triton"``, or ``"triton+aten"`` (dX by
+            one, dW by the other), whichever was faster.
         density: the share of the weight's entries that a step updates; below 1 if the gradient is rotated.
         rows: rows of dY in all backwards so far; of an attention, queries of a sample.
         rows_skipped: how many of those were zero and skipped exactly.

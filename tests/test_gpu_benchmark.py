@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # s
 import gpu
 import gpu_attention
 import gpu_pack
+import gpu_steps
 import gpu_tests
+import gpu_timing
 
+from sparse_compile import Schedule
 from sparse_compile.kernels.triton import pack as by_triton
 
 ROOT = gpu.ROOT
@@ -43,7 +47,7 @@ def test_every_section_runs_and_is_written_down(tmp_path: Path, capsys: pytest.C
 
 def test_packing_is_checked_and_has_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = gpu.packing(device, smoke=True)
+    lines = [line for case in gpu.packing(device, smoke=True) for line in gpu_timing.measured(case)]
     assert [line["what"].split(",")[:2] for line in lines] == [
         [name, f" {dtype}"] for dtype in ("float32", "bfloat16") for name in ("pack", "unpack")
     ]
@@ -56,7 +60,7 @@ def test_packing_is_checked_and_has_rates(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_attention_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = gpu.attention(device, smoke=True)
+    lines = [line for case in gpu.attention(device, smoke=True) for line in gpu_timing.measured(case)]
     kernels = [f"kernels, keep {keep}" for keep in gpu_attention.KEEPS]
     sites = [f"sample, keep {keep}" for keep in gpu_attention.KEEPS]
     assert [", ".join(line["what"].split(", ")[:2]) for line in lines] == [
@@ -69,8 +73,51 @@ def test_attention_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         return dq, 1.5 * dk, dv
 
     monkeypatch.setattr(gpu_attention, "by_kernels", wrong)
+    _, make = next(gpu_attention.candidates(device, smoke=True))
     with pytest.raises(AssertionError, match="dK is off by"):
-        next(gpu_attention.candidates(device, smoke=True))
+        make()
+
+
+def test_what_fails_is_written_down_and_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one product, and of one schedule of a step."""
+    path = tmp_path / "gpu.json"
+    make = gpu_steps.stepper
+
+    def stepper(model: Any, batch: Any, device: Any, backend: Any, mode: str | None = None) -> Any:
+        if getattr(backend, "schedule", None) == Schedule.exact(skip_unneeded="loss"):
+            raise RuntimeError("this one\nat length")
+        return make(model, batch, device, backend, mode)
+
+    def off(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        raise AssertionError(f"{what} is off")
+
+    monkeypatch.setattr(gpu_steps, "stepper", stepper)
+    monkeypatch.setattr(gpu, "_check", off)
+    sections = ("products", "padding")
+    arguments = [word for section in sections for word in ("--only", section)]
+    assert gpu.main(["--smoke", *arguments, "--json", str(path)]) == 1
+    found = json.loads(path.read_text())["sections"]
+    assert [line.get("error") for line in found["products"]] == ["AssertionError: dX is off"] * 3
+    of_steps = [line.get("error") for line in found["padding"]]
+    assert of_steps == ["RuntimeError: this one", None, None]
+    printed = capsys.readouterr().out
+    assert "4 failed." in printed
+    assert "RuntimeError: this one" in printed
+
+
+def test_a_file_of_tests_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With all that it has started."""
+    (tmp_path / "test_it.py").write_text(
+        "import subprocess, sys\n"
+        "def test_it(): subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    )
+    monkeypatch.setattr(gpu_tests, "TESTS", (str(tmp_path / "test_it.py"),))
+    monkeypatch.setattr(gpu_tests, "PATIENCE", 10)
+    began = time.monotonic()
+    assert not gpu_tests.run()
+    assert time.monotonic() - began < 60
 
 
 def test_a_section_after_the_time_is_over_is_left_out(tmp_path: Path) -> None:
@@ -108,7 +155,7 @@ def test_each_file_of_tests_has_a_process(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_half_of_a_padded_batch_has_no_loss() -> None:
     ids = torch.arange(12).view(2, 6)
-    batch = gpu.padded({"input_ids": ids, "labels": ids})
+    batch = gpu_steps.padded({"input_ids": ids, "labels": ids})
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0]] * 2
     assert (batch["labels"] == -100).tolist() == [[False] * 3 + [True] * 3] * 2
     assert ids.min() >= 0, "the batch itself is left alone"

@@ -43,7 +43,9 @@ HALF = {
         _tile(128, 256, 64, warps=8, stages=3),
         _tile(128, 256, 64, warps=8, stages=4),
         _tile(128, 128, 64, warps=8, stages=4),
-        _tile(64, 128, 64, warps=4, stages=4),
+        # Two and three programs to a multiprocessor, so that one multiplies while another waits for rows.
+        _tile(128, 128, 64, warps=8, stages=3),
+        _tile(64, 128, 64, warps=4, stages=3),
     ],
 }
 

@@ -98,4 +98,4 @@ def test_every_tile_was_built_for_rows_of_every_kind(built: list[Built]) -> None
     kinds = [(False, False), (True, False), (False, True)]
     which = [{(b.kernel, b.tile, b.capability) for b in even if (b.scaled, b.based) == k} for k in kinds]
     assert which[0] == which[1] == which[2]
-    assert len(which[0]) == 2 * (3 + 4)
+    assert len(which[0]) == 2 * (3 + 5)
