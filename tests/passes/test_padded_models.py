@@ -16,6 +16,7 @@ from joint import Joint, calls, joint, trace
 from padded import CASES, LENGTHS, T, decoder, labelled
 from sparse_compile.passes import forward, layouts
 from torch import Tensor, nn
+from torch._inductor.lowering import lowerings
 from torch.fx import GraphModule
 from tracing import Tracer
 from transformers.pytorch_utils import Conv1D
@@ -97,6 +98,21 @@ def first_tokens(inputs: dict[str, Tensor], rows: int) -> Tensor:
     length = rows // len(LENGTHS)
     first = inputs["attention_mask"].argmax(1) if length == T else torch.zeros(len(LENGTHS), dtype=torch.long)
     return F.one_hot(first, length).bool().flatten()
+
+
+@pytest.mark.parametrize("case", [case for case, decomposed in TRACED if decomposed])
+@pytest.mark.parametrize("options", [{}, {"dx_whole": True}, {"compact": False}], ids=str)
+def test_what_is_inserted_can_be_lowered(case: str, options: dict[str, bool]) -> None:
+    """It comes after Inductor has decomposed what it cannot lower: in PyTorch 2.11 arange is of that."""
+    traced = joint(case, True)
+    module, _ = traced.rewritten(**options)
+    before, after = (
+        {n.target for n in m.graph.nodes if n.op == "call_function"} for m in (traced.module, module)
+    )
+    inserted = {target for target in after - before if getattr(target, "namespace", "") in ("aten", "prims")}
+    assert inserted
+    assert inserted <= lowerings.keys()
+    assert torch.ops.aten.arange.start_step not in after
 
 
 @models
