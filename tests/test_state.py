@@ -99,6 +99,19 @@ def test_a_compiled_model_that_is_saved_whole_goes_on_with_its_schedule(tmp_path
     assert resumed.backend.report().totals == whole.backend.report().totals
 
 
+def test_what_was_measured_before_a_state_is_taken_is_forgotten(tmp_path):
+    """By a backward that compiles the model, say."""
+    schedule = Schedule.vcas(cal_var_freq=4, update="solve")
+    whole = Run(schedule).train(0, 10)
+    Run(schedule).train(0, 6).save(tmp_path / "state.pt")
+    resumed = Run(schedule)
+    square_loss(resumed.compiled(batch(20))).backward()
+    resumed.load(tmp_path / "state.pt").train(6, 10)
+    assert len(whole.backend.report().history) == 3
+    assert resumed.backend.report().history == whole.backend.report().history
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
 def test_the_state_of_an_untrained_backend_makes_a_trained_one_forget(tmp_path):
     run = Run(SCHEDULES["row"])
     run.save(tmp_path / "state.pt")
