@@ -114,7 +114,7 @@ def test_a_file_of_tests_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tm
         "def test_it(): subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     )
     monkeypatch.setattr(gpu_tests, "TESTS", (str(tmp_path / "test_it.py"),))
-    monkeypatch.setattr(gpu_tests, "PATIENCE", 10)
+    monkeypatch.setattr(gpu_tests, "PATIENCE", 6)
     began = time.monotonic()
     assert not gpu_tests.run()
     assert time.monotonic() - began < 60

@@ -1,9 +1,9 @@
 """Selection of rows: the k live rows with the largest score, as an index buffer; see ``methods/reuse.py``.
 
-One program makes the selection, a launch where eager PyTorch takes fifteen. Scores are not negative, so they
-are ordered as their bits are, read as whole numbers. Of these the k-th largest is found a digit of 8 bits at
-a time, from the top, as in ``select.py``: four walks over the N scores, which stay in cache, whatever is in
-them. A last one compacts:
+Two launches make the selection, where eager PyTorch takes fifteen. Scores are not negative, so they are
+ordered as their bits are, read as whole numbers. Of these one program finds the k-th largest, a digit of 8
+bits at a time, from the top, as in ``select.py``: four walks over the N scores, which stay in cache, whatever
+is in them. Then each block of rows has a program, which counts those before it and writes down its own:
 
     kept, ascending; then, if fewer than k rows are live, rows that are not
     slot: where a row of the estimate stands among [kept rows; base rows], or N − 1 for a row of zeros
@@ -16,14 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.triton import launch
+from sparse_compile.kernels.triton import cdiv, launch
 from sparse_compile.kernels.triton.select import FORMATS, key_of
 
-_BLOCK = 2048
-_WARPS = 16
+# Of the threshold, and of the rest; and how many rows are counted at a time.
+_BLOCK, _WARPS = 2048, 16
+BLOCK, WARPS = 512, 4
+AT_ONCE = 4096
 _FORM = FORMATS[torch.float32]
 # What is not a number is larger than what is infinite.
-CONSTANTS = {"UNSIGNED": _FORM.constants["UNSIGNED"], "LARGEST": _FORM.infinity + 1, "BLOCK": _BLOCK}
+KEYS = {"UNSIGNED": _FORM.constants["UNSIGNED"], "LARGEST": _FORM.infinity + 1}
 
 
 @triton.jit
@@ -60,65 +62,82 @@ def _choose_digit(found, threshold, room, WIDTH: tl.constexpr):
     return (threshold << WIDTH) | digit, room
 
 
+@triton.jit(do_not_specialize=["k"])
+def _threshold(
+    ranks, live, found, tally, n, k, UNSIGNED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    # found int32 [3]: the k-th largest key of the live rows, how many of those equal to it are kept, and how
+    # many are live.
+    digits = _count_digits(ranks, live, 0, n, 23, 8, UNSIGNED, LARGEST, BLOCK)
+    alive = tl.sum(digits, axis=0)
+    threshold, room = _choose_digit(digits, 0, tl.minimum(alive, k), 8)
+    digits = _count_digits(ranks, live, threshold, n, 15, 8, UNSIGNED, LARGEST, BLOCK)
+    threshold, room = _choose_digit(digits, threshold, room, 8)
+    digits = _count_digits(ranks, live, threshold, n, 7, 8, UNSIGNED, LARGEST, BLOCK)
+    threshold, room = _choose_digit(digits, threshold, room, 8)
+    digits = _count_digits(ranks, live, threshold, n, 0, 7, UNSIGNED, LARGEST, BLOCK)
+    threshold, room = _choose_digit(digits, threshold, room, 7)
+    tl.store(found, threshold)
+    tl.store(found + 1, room)
+    tl.store(found + 2, alive)
+    tl.store(tally, tl.load(tally) + (n - alive))
+
+
 @triton.jit
-def _threshold(ranks, live, n, k, UNSIGNED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    # The k-th largest key of the live rows, how many of those equal to it are kept, and how many are live.
-    found = _count_digits(ranks, live, 0, n, 23, 8, UNSIGNED, LARGEST, BLOCK)
-    alive = tl.sum(found, axis=0)
-    threshold, room = _choose_digit(found, 0, tl.minimum(alive, k), 8)
-    found = _count_digits(ranks, live, threshold, n, 15, 8, UNSIGNED, LARGEST, BLOCK)
-    threshold, room = _choose_digit(found, threshold, room, 8)
-    found = _count_digits(ranks, live, threshold, n, 7, 8, UNSIGNED, LARGEST, BLOCK)
-    threshold, room = _choose_digit(found, threshold, room, 8)
-    found = _count_digits(ranks, live, threshold, n, 0, 7, UNSIGNED, LARGEST, BLOCK)
-    threshold, room = _choose_digit(found, threshold, room, 7)
-    return threshold, room, alive
+def _compared(ranks, live, rows, n, threshold, UNSIGNED: tl.constexpr, LARGEST: tl.constexpr):
+    # Of rows below n: whether they are above the threshold, at it, and not live.
+    there = rows < n
+    key = key_of(tl.load(ranks + rows, mask=there, other=0), UNSIGNED, LARGEST)
+    alike = there & (tl.load(live + rows, mask=there, other=0) != 0)
+    return alike & (key > threshold), alike & (key == threshold), there & (alike == 0), alike
 
 
 @triton.jit(do_not_specialize=["k"])
 def _largest(
     ranks,
     live,
+    found,
     kept,
     count,
     slot,
     dropped,
-    tally,
     n,
     k,
     tokens,
     UNSIGNED: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    threshold, room, alive = _threshold(ranks, live, n, k, UNSIGNED, LARGEST, BLOCK)
-    chosen = tl.minimum(alive, k)
-    found = 0
+    begin = tl.program_id(0) * BLOCK
+    threshold = tl.load(found)
+    room = tl.load(found + 1)
+    chosen = tl.minimum(tl.load(found + 2), k)
+    above = 0
     equal = 0
     without = 0
-    for start in range(0, n, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        there = rows < n
-        key = key_of(tl.load(ranks + rows, mask=there, other=0), UNSIGNED, LARGEST)
-        alike = there & (tl.load(live + rows, mask=there, other=0) != 0)
-        spare = there & (alike == 0)
-        ties = alike & (key == threshold)
-        # Of rows with the same score the first ones.
-        ahead = equal + tl.cumsum(ties.to(tl.int32), axis=0)
-        keep = alike & ((key > threshold) | (ties & (ahead <= room)))
-        place = found + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        tl.store(kept + place, rows, mask=keep)
-        behind = chosen + without + tl.cumsum(spare.to(tl.int32), axis=0) - 1
-        tl.store(kept + behind, rows, mask=spare & (behind < k))
-        drop = alike & (keep == 0)
-        of_base = tl.where(drop, k + rows % tokens, n - 1)
-        tl.store(slot + rows, tl.where(keep, place, of_base).to(tl.int64), mask=there)
-        tl.store(dropped + rows, drop.to(tl.int8), mask=there)
-        found += tl.sum(keep.to(tl.int32), axis=0)
+    for start in range(0, begin, AT_ONCE):
+        rows = start + tl.arange(0, AT_ONCE)
+        larger, ties, spare, _ = _compared(ranks, live, rows, begin, threshold, UNSIGNED, LARGEST)
+        above += tl.sum(larger.to(tl.int32), axis=0)
         equal += tl.sum(ties.to(tl.int32), axis=0)
         without += tl.sum(spare.to(tl.int32), axis=0)
-    tl.store(count, chosen)
-    tl.store(tally, tl.load(tally) + (n - alive))
+    rows = begin + tl.arange(0, BLOCK)
+    there = rows < n
+    larger, ties, spare, alike = _compared(ranks, live, rows, n, threshold, UNSIGNED, LARGEST)
+    # Of rows with the same score the first ones.
+    ahead = equal + tl.cumsum(ties.to(tl.int32), axis=0)
+    keep = larger | (ties & (ahead <= room))
+    place = above + tl.minimum(equal, room) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+    tl.store(kept + place, rows, mask=keep)
+    behind = chosen + without + tl.cumsum(spare.to(tl.int32), axis=0) - 1
+    tl.store(kept + behind, rows, mask=spare & (behind < k))
+    drop = alike & (keep == 0)
+    of_base = tl.where(drop, k + rows % tokens, n - 1)
+    tl.store(slot + rows, tl.where(keep, place, of_base).to(tl.int64), mask=there)
+    tl.store(dropped + rows, drop.to(tl.int8), mask=there)
+    if begin == 0:
+        tl.store(count, chosen)
 
 
 def largest(
@@ -141,11 +160,15 @@ def largest(
     count = torch.empty(1, dtype=torch.int32, device=device)
     slot = torch.empty(n, dtype=torch.int64, device=device)
     dropped = torch.empty(n, dtype=torch.int8, device=device)
+    found = torch.empty(3, dtype=torch.int32, device=device)
+    ranks, flags = scores.view(torch.int32), live.view(torch.int8)
+    launch(_threshold, (1,), ranks, flags, found, tally, n, k, **KEYS, BLOCK=_BLOCK, num_warps=_WARPS)
     launch(
-        _largest,
-        (1,),
-        *(scores.view(torch.int32), live.view(torch.int8), kept, count, slot, dropped, tally, n, k, tokens),
-        **CONSTANTS,
-        num_warps=_WARPS,
+        *(_largest, (cdiv(n, BLOCK),)),
+        *(ranks, flags, found, kept, count, slot, dropped, n, k, tokens),
+        **KEYS,
+        BLOCK=BLOCK,
+        AT_ONCE=AT_ONCE,
+        num_warps=WARPS,
     )
     return kept, count, slot, dropped.view(torch.bool)

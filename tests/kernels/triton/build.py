@@ -31,6 +31,7 @@ TYPES |= {"ones": "*i32", "mask": "*u8", "bits": "*i8", "dropped": "*i8"}
 TYPES |= {"scores": "*fp32", "weights": "*fp32", "ranks": "*i32", "above": "*i32", "tally": "*i64"}
 TYPES |= {"lse": "*fp32", "weight": "*fp32", "delta": "*fp32", "shift": "*fp32"}
 TYPES |= {"sample": "*i64", "new": "*bf16", "finite": "*i8", "renewed": "*i64", "parts": "*fp32"}
+TYPES |= {"found": "*i32", "rates": "*fp64", "shares": "*i32", "lines": "*i64"}
 TYPES |= {"cap": "fp32", "flops": "i64", "given": "*i64"}
 
 
@@ -253,12 +254,11 @@ def others() -> Iterator[Job]:
         row_stats,
     )
 
-    def draws(**used: bool) -> dict[str, bool]:
-        return {name.upper(): used.get(name, False) for name in ("shared", "capped", "slots", "given")}
-
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
     scored = {**block, "SMALLEST": row_stats.SMALLEST}
-    drawn, by_draw = {"ROUNDS": draw.ROUNDS, "BLOCK": draw._BLOCK}, {"num_warps": draw._WARPS}
+    rated, by_rate = {"BLOCK": draw._BLOCK}, {"num_warps": draw._WARPS}
+    drawn, by_draw = {"ROUNDS": draw.ROUNDS, "BLOCK": draw.BLOCK}, {"num_warps": draw.WARPS}
+    gathered = {"BLOCK": draw.BLOCK, "AT_ONCE": draw.AT_ONCE}
     summed = {"BLOCK_SAMPLES": base_inputs._SAMPLES, "BLOCK_COLUMNS": base_inputs._COLUMNS}
     renewed = {"BLOCK_SAMPLES": base_renewal._SAMPLES, "BLOCK_COLUMNS": base_renewal._COLUMNS}
     chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
@@ -267,10 +267,15 @@ def others() -> Iterator[Job]:
         ("live_rows", row_stats._live_rows, block, {}),
         ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": True}, {}),
         ("scores", row_stats._scores, {**scored, "NORM": True, "LEVERAGE": False}, {}),
-        ("draw", draw._draw, {**drawn, **draws(slots=True)}, by_draw),
-        ("draw", draw._draw, {**drawn, **draws(capped=True, given=True)}, by_draw),
-        ("draw", draw._draw, {**drawn, **draws(given=True, shared=True)}, by_draw),
-        ("largest", largest._largest, largest.CONSTANTS, {"num_warps": largest._WARPS}),
+        *(("rates", draw._rates, {**rated, "SHARED": shared}, by_rate) for shared in (False, True)),
+        *(("lengths", draw._lengths, {**drawn, "GIVEN": given}, by_draw) for given in (False, True)),
+        *(
+            ("weights", draw._weights, {**drawn, **gathered, "GIVEN": given, "CAPPED": given}, by_draw)
+            for given in (False, True)
+        ),
+        *(("gather", draw._gather, {**gathered, "SLOTS": slots}, by_draw) for slots in (False, True)),
+        ("threshold", largest._threshold, {**largest.KEYS, **rated}, by_rate),
+        ("largest", largest._largest, {**largest.KEYS, **gathered}, by_draw),
         ("tally_rows", compaction._tally_rows, {"ZERO": True}, {"num_warps": 1}),
         ("sum_dropped", base_inputs._sum_dropped, summed, {}),
         ("next_base", base_renewal._next_base, {**renewed, "MEAN": True}, {}),

@@ -45,7 +45,7 @@ def test_every_kernel_was_built_for_every_target(built: list[Built]) -> None:
         "scores",
     }
     kernels |= {"sum_dropped", "next_base", "renew", "add_up"}
-    kernels |= {"draw", "largest", "tally_rows", "forward"}
+    kernels |= {"rates", "lengths", "weights", "gather", "threshold", "largest", "tally_rows", "forward"}
     kernels |= {"count_digits", "choose_digit", "count_kept", "pack", "count_ones", "unpack"}
     kernels |= {"pack_bits", "unpack_bits", "prepare", "key_gradients", "query_gradients"}
     assert {(b.kernel, b.capability) for b in built} == {(name, c) for name in kernels for c in (80, 90)}

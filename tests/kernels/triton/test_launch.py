@@ -172,10 +172,14 @@ LAUNCHES: dict[str, tuple[Reuse | Sample | None, list[str], list[str]]] = {
         ["live_rows", "compact", "tally_rows", "gather_matmul", "gather_reduce"],
         ["zeros"],
     ),
-    "sample": (Sample(0.3), ["scores", "draw", "gather_matmul", "gather_reduce"], []),
+    "sample": (
+        Sample(0.3),
+        ["scores", "rates", "lengths", "weights", "gather", "gather_matmul", "gather_reduce"],
+        [],
+    ),
     "reuse": (
         Reuse(0.7),
-        ["row_stats", "largest", "gather_matmul", "sum_dropped", "gather_reduce"],
+        ["row_stats", "threshold", "largest", "gather_matmul", "sum_dropped", "gather_reduce"],
         ["mean", "sum"],
     ),
 }
