@@ -97,7 +97,7 @@ def test_linear_used_twice_is_one_row_of_the_report_and_has_two_bases() -> None:
     step(torch.compile(model, backend=backend), [value(2, 5, 6)], {})
     (site,) = backend.report().sites
     assert (site.name, site.calls, site.rows) == ("lin", 2, 20)
-    first, second = (base for base, _ in backend.state_dict()["sites"]["lin"]["bases"].values())
+    first, second = (base for base, *_ in backend.state_dict()["sites"]["lin"]["bases"].values())
     assert first.shape == second.shape == (5, 6)
     assert not torch.equal(first, second)
 
