@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections.abc import Container
 
 import torch
 from sparse_compile.passes import graph as g
@@ -112,7 +113,7 @@ def rewrite_linears(
         records.append(_record(forward, candidates, below, name, rewritten=True, call=call))
         # A GPU gathers dX where that is fused with what reads it.
         fused = not _on_cpu(forward) and match.dx is not None and read_by_loops(match.dx)
-        op = rewrite_linear(graph, match, token=token, dx_whole=dx_whole and not fused)
+        op = rewrite_linear(graph, match, token=token, below=below, dx_whole=dx_whole and not fused)
         ops[op], rewritten[forward] = records[-1], op
         # A product without a gradient carries the number of whatever ran before it with one.
         backward[seq_nr] = [product for product in candidates if product not in (match.dx, match.dw)]
@@ -203,7 +204,9 @@ def _record(
     )
 
 
-def rewrite_linear(graph: Graph, match: LinearMatch, *, token: Node, dx_whole: bool) -> Node:
+def rewrite_linear(
+    graph: Graph, match: LinearMatch, *, token: Node, below: Container[Node], dx_whole: bool
+) -> Node:
     """Replace the backward products of ``match`` by one ``linear_backward`` op, and return it."""
     permute = aten.permute.default
     with graph.inserting_before(match.first):
@@ -218,7 +221,17 @@ def rewrite_linear(graph: Graph, match: LinearMatch, *, token: Node, dx_whole: b
         gradients = g.call(
             graph,
             torch.ops.sparse_compile.linear_backward.default,
-            *(token, dy, x, weight, NO_SITE, _tokens(graph, match), match.dw_transposed, False, dx_whole),
+            *(
+                token,
+                dy,
+                x,
+                weight,
+                NO_SITE,
+                _tokens(graph, match, below),
+                match.dw_transposed,
+                False,
+                dx_whole,
+            ),
             like=match.first,
         )
     if match.dx is not None:
@@ -247,7 +260,7 @@ def _replace(graph: Graph, product: Node, gradient: Node) -> None:
     graph.erase_node(product)
 
 
-def _tokens(graph: Graph, match: LinearMatch) -> int | Node:
+def _tokens(graph: Graph, match: LinearMatch, below: Container[Node]) -> int | Node:
     """T, the number of rows that belong to one sample: all but the first and last sizes of the layer's
     input [B, …, T, I] before it was flattened to [N, I]; 1 where the input is 2-D, one row a sample. Or −B,
     where the input is [T, B, I], so that rows of the B samples alternate (``passes/samples.py``).
@@ -265,7 +278,7 @@ def _tokens(graph: Graph, match: LinearMatch) -> int | Node:
 
     features = math.prod(shape[2:])
     fits = all(isinstance(each, int) and each for each in (features, inputs)) and inputs % features == 0
-    if len(shape) >= 3 and fits and samples.are_second(source):
+    if len(shape) >= 3 and fits and samples.are_second(source, below):
         heads = inputs // features  # [T, B · H, D] becomes [T · B, H · D]
         batch = _product(graph, [-1, size(1)], match)
         if isinstance(batch, int):

@@ -9,6 +9,7 @@ samples, has to know.
 from __future__ import annotations
 
 import operator
+from collections.abc import Container, Iterator
 
 import torch
 from sparse_compile.passes import graph as g
@@ -19,34 +20,54 @@ aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def are_second(node: Node) -> bool:
-    """Whether a tensor of the forward is [T, B, …]: its second dimension is that of the samples."""
-    found: tuple[Node, int] | None = (node, 1)
-    while found is not None:
-        node, dim = found
-        found = _above(node, dim)
-    return dim == 0
+def are_second(node: Node, parameters: Container[Node]) -> bool:
+    """Whether a tensor of the forward is [T, B, …]: its second dimension is that of the samples.
+
+    Args:
+        node: the tensor.
+        parameters: what is made of parameters alone, which has no samples.
+    """
+    to_see, seen = [(node, 1)], set()
+    while to_see:
+        node, dim = to_see.pop()
+        if (node, dim) in seen or node in parameters:
+            continue
+        seen.add((node, dim))
+        if node.op == "placeholder" or _is_batched(node):
+            return dim == 0
+        to_see += reversed([*_above(node, dim)])
+    return False
 
 
-def _above(node: Node, dim: int) -> tuple[Node, int] | None:
-    """A tensor that this one is made of, and which of its dimensions has become ``dim``; None if there is
-    none, or that is not known."""
+def _is_batched(node: Node) -> bool:
+    """Whether a tensor is the result of an attention, or of one of its products: [B, H, …] or [B · H, …]."""
+    made_of = node.args[0] if node.target is operator.getitem else node
+    batched = (*g.ATTENTIONS, aten.bmm.default, aten.baddbmm.default)
+    return made_of.target in batched  # type: ignore[union-attr]
+
+
+def _above(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
+    """The tensors that this one is made of, and which of their dimensions has become ``dim``, as far as that
+    is known; the likeliest first."""
     if node.op != "call_function" or not g.is_tensor(node):
-        return None
+        return
     rank = len(g.shape_of(node))
-    source = node.args[0] if node.args else None
+    source: Node = node.args[0] if node.args else node  # type: ignore[assignment]
     if node.target is aten.permute.default:
-        return source, node.args[1][dim] % rank  # type: ignore[return-value, index, operator]
-    if node.target is aten.transpose.int:
+        yield source, node.args[1][dim] % rank  # type: ignore[index, operator]
+    elif node.target is aten.t.default:
+        yield source, rank - 1 - dim
+    elif node.target is aten.transpose.int:
         one, other = (d % rank for d in node.args[1:3])  # type: ignore[operator]
-        return source, {one: other, other: one}.get(dim, dim)  # type: ignore[return-value]
-    if node.target in _VIEWS:
-        return _above_view(node, dim)
-    made_of = node.args[0] if node.target is operator.getitem else node  # the results of a norm, say
-    if g.is_product(node) or made_of.target in g.ATTENTIONS:  # type: ignore[union-attr]
-        return None
-    found = next((each for each in made_of.all_input_nodes if _has(each, node, dim)), None)  # type: ignore
-    return None if found is None else (found, dim)
+        yield source, {one: other, other: one}.get(dim, dim)
+    elif node.target in _VIEWS:
+        yield from _above_view(node, dim)
+    elif node.target is aten.embedding.default:
+        if dim < rank - 1:
+            yield node.args[1], dim  # type: ignore[misc]
+    elif not g.is_product(node):
+        made_of = source if node.target is operator.getitem else node  # the results of a norm, say
+        yield from ((each, dim) for each in made_of.all_input_nodes if _has(each, node, dim))
 
 
 def _has(source: object, node: Node, dim: int) -> bool:
@@ -57,14 +78,15 @@ def _has(source: object, node: Node, dim: int) -> bool:
     return len(ours) == len(theirs) and g.same_size(ours[dim], theirs[dim])
 
 
-def _above_view(node: Node, dim: int) -> tuple[Node, int] | None:
+def _above_view(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     source: Node = node.args[0]  # type: ignore[assignment]
     shape, flat = g.shape_of(node), g.shape_of(source)
     if g.same_sizes(shape[: dim + 1], flat[: dim + 1]):
-        return source, dim
-    if len(flat) == 2 and dim < len(shape) - 1 and g.is_product(source):
+        yield source, dim
+    elif len(flat) == 2 and dim < len(shape) - 1 and g.is_product(source):
         # The output of a linear: its rows are those of its input.
         rows: Node = g.operands(source)[0]
         if rows.target in _VIEWS and g.same_sizes(shape[:-1], g.shape_of(rows.args[0])[:-1]):  # type: ignore
-            return rows.args[0], dim  # type: ignore[return-value]
-    return None
+            yield rows.args[0], dim  # type: ignore[misc]
+    elif dim == 0 and source.target is aten.bmm.default:  # [B · H, …] as [B, H, …]
+        yield source, 0

@@ -113,7 +113,7 @@ class Clock:
 
     def optimizer_stepped(self) -> None:
         """End the step; or, if optimizers step within a backward, each at its parameter's gradient, when that
-        ends."""
+        ends. (Of reentrant checkpointing each nested backward is one.)"""
         backward = torch._C._current_graph_task_id()
         if backward < 0:
             self.tick()

@@ -131,7 +131,7 @@ class LinearSite(LinearCounts):
             all_of_x = None if x is None else kernel.on_all_rows(x, rows, total)
             dx, dw = again(kernel.on_all_rows(dy, rows, total), all_of_x, tokens=tokens)
             return None if dx is None else (kernel.written_out(dx).index_select(0, rows), None), dw
-        if tokens < 0 and reuses and len(dy) and not self._has_no_method(phase):
+        if tokens < 0 and reuses and len(dy) and not self._is_exact(phase):
             if needed is not None:
                 among = torch.zeros(len(dy), dtype=torch.bool).index_fill_(0, needed, True)
                 self._needed[use] = forward, kernel.by_sample(among, -tokens).nonzero().squeeze(1)
@@ -246,6 +246,11 @@ class LinearSite(LinearCounts):
         if phase is None or phase.linear is None or self.held_back or self.planned.too_small:
             return True
         return self.share(phase.linear) == 1.0 or not self._pays(phase.linear)
+
+    def _is_exact(self, phase: Phase | None) -> bool:
+        """Whether this step is exact here, whatever the sizes of the batch."""
+        exact = phase is None or phase.linear is None or self.share(phase.linear) == 1.0
+        return exact or bool(self.held_back or self.left_alone)
 
     def _pays(self, method: Reuse | Sample | Adaptive) -> bool:
         """Whether an adaptive share saves time at this shape: else exact is both better and cheaper. A GPU

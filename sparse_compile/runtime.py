@@ -148,8 +148,9 @@ class Runtime:
         """Those of the graphs of exactly these layers. Other graphs with some of them get other numbers:
         where a graph break lies between two uses of an encoder, or a model has several tasks."""
         if layers not in self._lanes:
-            others = sum(not set(layers).isdisjoint(each) for each in self._lanes)
-            self._lanes[layers] = Lanes(first=others * LANES)
+            taken = {lanes.first for each, lanes in self._lanes.items() if not set(layers).isdisjoint(each)}
+            free = (first for first in itertools.count(0, LANES) if first not in taken)
+            self._lanes[layers] = Lanes(first=next(free))
         return self._lanes[layers]
 
     def plan(self, calls: PlannedCalls, owner: Owner, inputs: Sequence[Any]) -> Plan:

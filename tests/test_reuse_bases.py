@@ -138,6 +138,12 @@ def test_two_graphs_with_a_layer_in_common_remember_one_gradient_each() -> None:
     assert len(training.backend.state_dict()["sites"]["encoder"]["bases"]) == 2
 
 
+def test_three_graphs_that_overlap_in_pairs() -> None:
+    lanes = [sparse_backend(Schedule.exact())._runtime._lanes_of]
+    firsts = [lanes[0](layers).first for layers in (("a", "b"), ("b", "c"), ("c", "d"), ("a", "b", "d"))]
+    assert firsts == [0, 16, 0, 32]
+
+
 def test_norms_of_half_precision_do_not_overflow() -> None:
     """Of rows whose sum of norms does."""
     do = 40 * torch.randn(B, 2, 256, 16, dtype=torch.float16)

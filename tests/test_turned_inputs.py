@@ -174,6 +174,41 @@ def test_the_layers_of_an_encoder(
     assert tokens_of(model, torch.randn(B, T, D)) == expected
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_model_of_numbered_tokens(turned: bool) -> None:
+    """Turned before they are embedded; and a cls token is put in front."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(10, D), encoder(not turned)
+            self.cls, self.head = nn.Parameter(torch.randn(1, 1, D)), nn.Linear(D, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids.t() if turned else ids)
+            cls = self.cls.expand(1, B, D) if turned else self.cls.expand(B, 1, D)
+            return self.head(self.layer(torch.cat([cls, x], 0 if turned else 1)))
+
+    expected = [-B] * 5 if turned else [T + 1] * 3 + [-B] * 2
+    assert tokens_of(Model(), torch.randint(10, (B, T))) == expected
+
+
+def test_states_of_a_recurrent_layer_are_no_samples() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, states = x[:, 0], []
+            for t in range(T):
+                h = torch.tanh(self.cell(h) + x[:, t])
+                states.append(h)
+            return self.head(torch.stack(states).transpose(0, 1))
+
+    assert tokens_of(Recurrent(), torch.randn(B, T, D))[0] == T
+
+
 def linear(turn: Callable[[Tensor], Tensor], width: int = D) -> nn.Module:
     class Turning(nn.Module):
         def __init__(self) -> None:

@@ -292,7 +292,8 @@ def _gather(
             place = start + tl.arange(0, BLOCK)
             tl.store(kept + place, tl.zeros((BLOCK,), tl.int32), mask=place < space)
             tl.store(scale + place, tl.zeros((BLOCK,), tl.float32), mask=place < space)
-        tl.store(count + draw, found)
+        # They may hold one reading more, too, as rarely; there is no place for its row.
+        tl.store(count + draw, tl.minimum(found, k))
 
 
 def draw(

@@ -94,6 +94,15 @@ def test_a_share_of_the_rows_that_have_a_score(
     assert not rows.scale[k:].any()
 
 
+def test_no_more_rows_than_there_is_room_for(device: torch.device) -> None:
+    """Lengths of 2/3 are rounded up, so that a line of three has a place for a third reading from 0 on."""
+    scores, tally = torch.ones(2, 3, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    kept, scale, count, *_ = draw(scores, 2, None, [(5, 0), (7, 0)], slots=True, tally=tally)
+    assert count.tolist() == [2, 2]
+    assert all(len(set(rows)) == 2 for rows in kept.tolist())
+    assert scale.tolist() == [[1.5, 1.5]] * 2
+
+
 def test_two_draws_at_once_are_those_one_after_the_other(device: torch.device) -> None:
     scores = torch.stack([uneven(37, 0.2, device), uneven(37, 0.2, device)])
     both, _, _ = run(scores, 9)
