@@ -28,7 +28,6 @@ _OF_ROWS = {
     torch.ops.sparse_compile.linear_backward.default: 2,
     aten.native_layer_norm_backward.default: 1,
 }
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # Of gradients: zero where the gradient is.
 _LINEAR = (
     *(aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor, aten.neg.default, aten.where.self),
@@ -87,7 +86,7 @@ def _stays_zero(region: _Region, node: Node, operands: list[Node]) -> bool:
     return linear and all(zero)
 
 
-@_rule(*VIEWS)
+@_rule(*g.VIEWS)
 def _view(region: _Region, node: Node) -> None:
     x: Any = node.args[0]
     if x not in region:

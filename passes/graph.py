@@ -27,6 +27,7 @@ ATTENTIONS = (
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 )
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparse_compile.passes import graph as g
-from sparse_compile.passes.compact_rules import VIEWS
 from torch.fx import Node
 
 _FEWEST_ROWS = 64  # of batches of one size; with fewer there is nothing to gain
@@ -22,7 +21,7 @@ def layouts_of(linears: Iterable[Node]) -> list[tuple[Any, Any]]:
     for op in linears:
         x: Any = op.args[1]
         shape = g.shape_of(x)
-        if x.target in VIEWS and len(g.shape_of(x.args[0])) == 3:
+        if x.target in g.VIEWS and len(g.shape_of(x.args[0])) == 3:
             shape = g.shape_of(x.args[0])
         layout = (shape[0], shape[1]) if len(shape) == 3 else (shape[0], 1)
         if g.same_size(math.prod(layout), g.shape_of(op)[0]):

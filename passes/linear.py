@@ -44,7 +44,6 @@ aten = torch.ops.aten
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
 NO_SITE = -1  # until the graph's manifest is complete
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,20 +217,11 @@ def rewrite_linear(
             root, transposed = g.strip_transposes(match.weight)
             weight = root if transposed else g.call(graph, permute, root, [1, 0], like=match.first)
         x = match.x if match.dw is not None else None
+        tokens = _tokens(graph, match, below)
         gradients = g.call(
             graph,
             torch.ops.sparse_compile.linear_backward.default,
-            *(
-                token,
-                dy,
-                x,
-                weight,
-                NO_SITE,
-                _tokens(graph, match, below),
-                match.dw_transposed,
-                False,
-                dx_whole,
-            ),
+            *(token, dy, x, weight, NO_SITE, tokens, match.dw_transposed, False, dx_whole),
             like=match.first,
         )
     if match.dx is not None:
@@ -267,7 +257,7 @@ def _tokens(graph: Graph, match: LinearMatch, below: Container[Node]) -> int | N
 
     Under dynamic shapes the graph has to compute it, and the result is a node.
     """
-    if match.x.target not in _RESHAPES:
+    if match.x.target not in g.VIEWS:
         return 1
     source: Node = match.x.args[0]  # type: ignore[assignment]
     shape, inputs = g.shape_of(source), g.shape_of(match.x)[-1]

@@ -17,8 +17,6 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
 
 def are_second(node: Node, parameters: Container[Node]) -> bool:
     """Whether a tensor of the forward is [T, B, …]: its second dimension is that of the samples.
@@ -60,7 +58,7 @@ def _above(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     elif node.target is aten.transpose.int:
         one, other = (d % rank for d in node.args[1:3])  # type: ignore[operator]
         yield source, {one: other, other: one}.get(dim, dim)
-    elif node.target in _VIEWS:
+    elif node.target in g.VIEWS:
         yield from _above_view(node, dim)
     elif node.target is aten.embedding.default:
         if dim < rank - 1:
@@ -86,7 +84,7 @@ def _above_view(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     elif len(flat) == 2 and dim < len(shape) - 1 and g.is_product(source):
         # The output of a linear: its rows are those of its input.
         rows: Node = g.operands(source)[0]
-        if rows.target in _VIEWS and g.same_sizes(shape[:-1], g.shape_of(rows.args[0])[:-1]):  # type: ignore
+        if rows.target in g.VIEWS and g.same_sizes(shape[:-1], g.shape_of(rows.args[0])[:-1]):  # type: ignore
             yield rows.args[0], dim  # type: ignore[misc]
     elif dim == 0 and source.target is aten.bmm.default:  # [B · H, …] as [B, H, …]
         yield source, 0

@@ -186,16 +186,16 @@ def test_no_base_is_of_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_rows_are_skipped_that_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often what is skipped has changed: what was made of a mask is read by its linears."""
-    monkeypatch.setattr(planner, "_MANY", 2)
+    """Where what is skipped has changed too often to change again, and a batch had no padding: what was made
+    of a mask is read by its linears."""
     run = Run(Schedule.exact(), monkeypatch)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(80):
-        choices = run.plan_of_a_step(
-            batch(alive=1 + int(torch.randint(TOKENS, (), generator=generator)))
-        ).choices
-        assert all(choice.count_mask for choice in choices if choice.skip_mask), step
-    assert any(choice.skip_mask for choice in choices)
+    for _ in range(40):  # rows are counted ever more rarely
+        run()
+    assert any(choice.skip_mask for choice in run.plan_of_a_step().choices)
+    monkeypatch.setattr(planner, "_MANY", 0)
+    for _ in range(4):
+        choices = run.plan_of_a_step(batch(alive=TOKENS)).choices
+        assert all(choice.count_mask for choice in choices if choice.skip_mask)
 
 
 def test_a_resumed_run_leaves_rows_of_the_forward_out(monkeypatch: pytest.MonkeyPatch) -> None:

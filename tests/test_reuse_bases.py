@@ -139,8 +139,10 @@ def test_two_graphs_with_a_layer_in_common_remember_one_gradient_each() -> None:
 
 
 def test_three_graphs_that_overlap_in_pairs() -> None:
-    lanes = [sparse_backend(Schedule.exact())._runtime._lanes_of]
-    firsts = [lanes[0](layers).first for layers in (("a", "b"), ("b", "c"), ("c", "d"), ("a", "b", "d"))]
+    runtime = sparse_backend(Schedule.exact())._runtime
+    firsts = [
+        runtime._lanes_of(layers).first for layers in (("a", "b"), ("b", "c"), ("c", "d"), ("a", "b", "d"))
+    ]
     assert firsts == [0, 16, 0, 32]
 
 
