@@ -8,6 +8,7 @@ read, and the packing of what is saved for a backward.
     input_gradient.py    gather–matmul, dX = dY · W over the rows in the buffer
     base_renewal.py      a base in its place, if what it is to be is finite
     base_inputs.py       Σ dropped X, what the base is multiplied by in dW
+    scaled_rows.py       rows that were drawn, by their weights, one after the other
     weight_gradient.py   gather–reduce, dW = Σ dY_iᵀ · X_i over the rows in the buffer
     partial_sums.py      what is left to add up where its rows were dealt out
     neighbours.py        the n largest of every four neighbours of dY − P

@@ -34,6 +34,7 @@ from sparse_compile.kernels import choice
 from sparse_compile.kernels.triton import cdiv, launch, tiles
 
 _PREPARED = 32  # rows of one program of _prepare
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -114,6 +115,19 @@ def _load_mask(mask, strides, sample, head, rows, columns, there, valid, ALIKE: 
         place = of_head + rows.to(tl.int64)[:, None] * strides[2]
         tile = tl.load(place, mask=there[:, None] & valid[None, :], other=0)
     return tile
+
+
+@triton.jit
+def _scores(products, scale, mask):
+    """Products of Q and K in powers of two, which is what a GPU computes: so log₂ e is one factor with the
+    scale. Not so where a mask is added, which may be the lowest number that there is."""
+    return products * scale if mask.dtype.element_ty.is_floating() else products * (scale * _LOG2_E)
+
+
+@triton.jit
+def _probabilities(scores, shift, mask):
+    added = mask.dtype.element_ty.is_floating()
+    return tl.exp(scores - shift) if added else tl.exp2(scores - shift * _LOG2_E)
 
 
 @triton.jit
@@ -206,13 +220,13 @@ def _key_gradients(
             # All tiles are transposed here, so that A and dS are left operands, which stay in registers.
             products = tl.zeros((KEYS, ROWS), tl.float32)
             products = tiles.multiply_add(own_k, tl.trans(some_q), products, PRECISION)
-            scores = products * scale
+            scores = _scores(products, scale, mask)
             if MASKED:
                 tile = _load_mask(mask, mask_strides, sample, head, rows, columns, there, valid, ALIKE)
                 scores = _masked(scores, tl.trans(tile))
             if CAUSAL:
                 scores = tl.where(columns[:, None] <= rows[None, :], scores, float("-inf"))
-            a = tl.exp(scores - some_shift[None, :])
+            a = _probabilities(scores, some_shift[None, :], mask)
             total_v = tiles.multiply_add(a.to(do.dtype.element_ty), some_do, total_v, PRECISION)
             da = tl.zeros((KEYS, ROWS), tl.float32)
             da = tiles.multiply_add(own_v, tl.trans(some_do), da, PRECISION)
@@ -284,13 +298,13 @@ def _query_gradients(
         some_v = _load_rows(v, v_strides, sample, group, columns, valid, features, WIDTH)
         products = tl.zeros((ROWS, KEYS), tl.float32)
         products = tiles.multiply_add(own_q, tl.trans(some_k), products, PRECISION)
-        scores = products * scale
+        scores = _scores(products, scale, mask)
         if MASKED:
             tile = _load_mask(mask, mask_strides, sample, head, rows, columns, there, valid, ALIKE)
             scores = _masked(scores, tile)
         if CAUSAL:
             scores = tl.where(columns[None, :] <= rows[:, None], scores, float("-inf"))
-        a = tl.exp(scores - own_shift[:, None])
+        a = _probabilities(scores, own_shift[:, None], mask)
         da = tl.zeros((ROWS, KEYS), tl.float32)
         da = tiles.multiply_add(own_do, tl.trans(some_v), da, PRECISION)
         # Keys beyond the last are zeros, but what exp(0 − L) is times zero nobody knows.

@@ -113,6 +113,12 @@ def input_gradient(
     return torch.cat([products, of_base, products.new_zeros(1, w.shape[1])])
 
 
+def scaled_rows(m: Tensor, kept: Tensor, count: Tensor, scale: Tensor) -> Tensor:
+    """scale_j · M_(kept_j), [count, M], in the dtype of M [N, M]."""
+    live = int(count)
+    return (scale[:live].float().unsqueeze(1) * m[kept[:live].long()].float()).to(m.dtype)
+
+
 def weight_gradient(
     dy: Tensor,
     x: Tensor,

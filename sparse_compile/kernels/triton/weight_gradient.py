@@ -6,6 +6,10 @@ on the device; then over the tokens t, of which P has a base row, and S the sum 
 dropped (``base_inputs.py``). Where dW has too few tiles to fill the GPU, rows and tokens are dealt out among
 ``splits`` programs a tile, each with a partial sum of its own in float32; those are added up afterwards
 (``partial_sums.py``). (Atomic adds into one dW would need no buffer, and give another rounding in every run.)
+
+Rows that are scaled are scaled before (``scaled_rows.py``), on the side that has fewer columns, and lie one
+after the other then: what is multiplied by a scale on its way is no longer copied to shared memory ahead of
+the tensor cores, and they wait for it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch import Tensor
 from sparse_compile.kernels import choice
 from sparse_compile.kernels.triton import cdiv, launch, tiles
 from sparse_compile.kernels.triton.partial_sums import add_up
+from sparse_compile.kernels.triton.scaled_rows import scaled_rows
 
 _GROUP = 8
 # What a split is worth: fewer rows than this are not divided any further.
@@ -36,7 +41,6 @@ def _gather_reduce(
     base_b,
     kept,
     count,
-    scale,
     sums,
     height,
     width,
@@ -47,7 +51,7 @@ def _gather_reduce(
     bucket,  # for the tuner alone
     splits,
     tokens,
-    SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
     BASED: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -57,6 +61,7 @@ def _gather_reduce(
 ):
     # sums [splits, height, width]: partial sums of Aᵀ · B over the kept rows of A [N, height], B [N, width].
     # If it is based, and over all rows of base_a [tokens, height], base_b [tokens, width], both contiguous.
+    # Of the one that is PACKED, "a", "b" or "", the kept rows are the first ones.
     program = tl.program_id(0)
     split = tl.program_id(1)
     row_tiles = tl.cdiv(height, BLOCK_M)
@@ -81,13 +86,13 @@ def _gather_reduce(
     rows = tl.load(kept + at, mask=at < stop, other=0).to(tl.int64)[:, None]
     for start in range(split * share, stop, BLOCK_K):
         there = start + k < stop
-        left = tl.load(from_a + rows * a_row, mask=there[:, None], other=0.0)
-        right = tl.load(from_b + rows * b_row, mask=there[:, None], other=0.0)
+        first_ones = (start + k).to(tl.int64)[:, None]
+        of_left = first_ones if PACKED == "a" else rows
+        of_right = first_ones if PACKED == "b" else rows
+        left = tl.load(from_a + of_left * a_row, mask=there[:, None], other=0.0)
+        right = tl.load(from_b + of_right * b_row, mask=there[:, None], other=0.0)
         at += BLOCK_K
         rows = tl.load(kept + at, mask=at < stop, other=0).to(tl.int64)[:, None]
-        if SCALED:
-            factor = tl.load(scale + start + k, mask=there, other=0.0).to(tl.float32)
-            left = (left.to(tl.float32) * factor[:, None]).to(a.dtype.element_ty)
         total = tiles.multiply_add(tl.trans(left), right, total, PRECISION)
 
     if BASED:
@@ -111,7 +116,7 @@ def _gather_reduce(
     tl.store(to, total.to(sums.dtype.element_ty), mask=inside)
 
 
-_KEY = ["bucket", "height", "width", "splits", "SCALED", "BASED", "PRECISION"]
+_KEY = ["bucket", "height", "width", "splits", "PACKED", "BASED", "PRECISION"]
 
 
 @functools.cache
@@ -149,9 +154,13 @@ def weight_gradient(
     Returns:
         [O, I] or [I, O], contiguous, in the dtype of ``dy``.
     """
-    # (The scale may go to either side of the sum.)
     assert base is None or (scale is None and inputs is not None)
     a, b = (x, dy) if transposed else (dy, x)
+    packed = ""
+    if scale is not None:  # either side of the sum may be
+        packed = "a" if a.shape[1] <= b.shape[1] else "b"
+        rows = scaled_rows(a if packed == "a" else b, kept, count, scale)
+        a, b = (rows, b) if packed == "a" else (a, rows)
     tokens, base_a, base_b = 0, a, b
     if base is not None and inputs is not None:
         tokens = len(base)
@@ -172,9 +181,9 @@ def weight_gradient(
     launch(
         kernel,
         grid,
-        *(a, b, base_a, base_b, kept, count, count if scale is None else scale, sums),
+        *(a, b, base_a, base_b, kept, count, sums),
         *(height, width, *a.stride(), *b.stride(), choice.bucket(len(kept) + tokens), splits, tokens),
-        SCALED=scale is not None,
+        PACKED=packed,
         BASED=base is not None,
         PRECISION=tiles.precision(dy.dtype),
         GROUP=_GROUP,

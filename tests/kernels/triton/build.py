@@ -115,7 +115,7 @@ def build(
 
     others = TYPES | (types or {})
     tensors = {"dy", "w", "base", "products", "a", "b", "base_a", "base_b", "sums", "x", "values"}
-    tensors |= {"of_features", "of_rows", "bias"}
+    tensors |= {"of_features", "of_rows", "bias", "m", "out"}
     unit = {name: 1 for name in kernel.arg_names if name.endswith("_column")}
     if across:
         unit = {**unit, f"{across}_row": 1}
@@ -179,7 +179,7 @@ def plain(
         tile=str(constants),
         dtype=dtype,
         precision=constants.get("PRECISION", ""),
-        scaled=constants.get("SCALED", False),
+        scaled=constants.get("SCALED", False) or bool(constants.get("PACKED")),
         based=constants.get("BASED", False),
         capability=capability,
         build=functools.partial(build, function, constants, dtype, capability, **options),
@@ -213,18 +213,14 @@ def products() -> Iterator[Job]:
                 ("fp32", "ieee", "scaled" if name == "gather_matmul" else "", config) for config in single
             ]
         for dtype, precision, kind, config in modes:
-            scaled, based = KINDS[kind]
-            constants = {
-                **config.kwargs,
-                "SCALED": scaled,
-                "BASED": based,
-                "PRECISION": precision,
-                "GROUP": 8,
-            }
-            if name == "gather_matmul":
-                constants |= {"EVEN_K": True, "BIASED": kind == "forward"}
-            elif kind == "forward":
+            if name == "gather_reduce" and kind == "forward":
                 continue
+            scaled, based = KINDS[kind]
+            constants = {**config.kwargs, "BASED": based, "PRECISION": precision, "GROUP": 8}
+            if name == "gather_matmul":
+                constants |= {"SCALED": scaled, "EVEN_K": True, "BIASED": kind == "forward"}
+            else:
+                constants |= {"PACKED": "a" if scaled else ""}
             options: dict[str, Any] = {"across": "w"} if kind == "forward" else {}
             options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
             tile = "{BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs)
@@ -252,6 +248,7 @@ def others() -> Iterator[Job]:
         neighbours,
         partial_sums,
         row_stats,
+        scaled_rows,
     )
 
     block = {"BLOCK_ROWS": row_stats._ROWS, "BLOCK_COLUMNS": row_stats._COLUMNS}
@@ -260,6 +257,7 @@ def others() -> Iterator[Job]:
     drawn, by_draw = {"ROUNDS": draw.ROUNDS, "BLOCK": draw.BLOCK}, {"num_warps": draw.WARPS}
     gathered = {"BLOCK": draw.BLOCK, "AT_ONCE": draw.AT_ONCE}
     summed = {"BLOCK_SAMPLES": base_inputs._SAMPLES, "BLOCK_COLUMNS": base_inputs._COLUMNS}
+    weighed = {"BLOCK_ROWS": scaled_rows._ROWS, "BLOCK_COLUMNS": scaled_rows._COLUMNS}
     renewed = {"BLOCK_SAMPLES": base_renewal._SAMPLES, "BLOCK_COLUMNS": base_renewal._COLUMNS}
     chosen: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
         ("row_stats", row_stats._row_stats, {**block, "BASED": True}, {}),
@@ -281,6 +279,7 @@ def others() -> Iterator[Job]:
         ("next_base", base_renewal._next_base, {**renewed, "MEAN": True}, {}),
         ("next_base", base_renewal._next_base, {**renewed, "MEAN": False}, {}),
         ("renew", base_renewal._renew, {"BLOCK": base_renewal._BLOCK}, {}),
+        ("scaled_rows", scaled_rows._scaled_rows, weighed, {}),
         ("add_up", partial_sums._add_up, {"BLOCK": partial_sums._BLOCK}, {}),
         ("keep_of_four", neighbours._keep_of_four, {"KEEP": 2, "BLOCK": neighbours._BLOCK}, {}),
         ("compact", compaction._compact, {"BLOCK": compaction._BLOCK, "SLOTS": True}, {"num_warps": 16}),
@@ -300,20 +299,16 @@ def odd_sizes() -> Iterator[Job]:
 
     for kind, sizes in itertools.product(("scaled", "based"), ("ones", "any")):
         scaled, based = KINDS[kind]
-        tile = {
-            **tiles.HALF[90][-1].kwargs,
-            "SCALED": scaled,
-            "BASED": based,
-            "PRECISION": "ieee",
-            "GROUP": 8,
-        }
-        wide = {**tile, "EVEN_K": False, "BIASED": False}
+        tile = {**tiles.HALF[90][-1].kwargs, "BASED": based, "PRECISION": "ieee", "GROUP": 8}
+        wide = {**tile, "SCALED": scaled, "EVEN_K": False, "BIASED": False}
         yield plain("gather_matmul", input_gradient._gather_matmul, wide, "bf16", 90, sizes=sizes)
         if kind == "scaled":
             wide |= {"SCALED": False, "BIASED": True}
             function = input_gradient._gather_matmul
             yield plain("forward", function, wide, "bf16", 90, sizes=sizes, across="w")
-        yield plain("gather_reduce", weight_gradient._gather_reduce, tile, "bf16", 90, sizes=sizes)
+        for packed in ("a", "b") if scaled else ("",):
+            packs = {**tile, "PACKED": packed}
+            yield plain("gather_reduce", weight_gradient._gather_reduce, packs, "bf16", 90, sizes=sizes)
 
 
 def packing() -> Iterator[Job]:

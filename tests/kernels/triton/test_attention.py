@@ -159,6 +159,18 @@ def test_rows_that_may_attend_to_nothing_give_zeros(sign: int, device: torch.dev
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, of the keys beyond the last
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (multiply|matmul)")
+def test_rows_of_which_all_keys_have_the_least_number(device: torch.device) -> None:
+    """As masks of Hugging Face's models have it for padding; times log₂ e it would be infinite."""
+    mask = torch.zeros(T, U, device=device)
+    mask[3:20] = torch.finfo(torch.float32).min
+    c = case(device, share=1.0, mask=mask)
+    found = c.run()
+    assert all(x.isfinite().all() for x in found)
+    assert_close(found, c.run(reference.attention))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("causal", [False, True])
 def test_grouped_heads(groups: int, causal: bool, device: torch.device) -> None:

@@ -44,7 +44,7 @@ def test_every_kernel_was_built_for_every_target(built: list[Built]) -> None:
         "keep_of_four",
         "scores",
     }
-    kernels |= {"sum_dropped", "next_base", "renew", "add_up"}
+    kernels |= {"sum_dropped", "next_base", "renew", "add_up", "scaled_rows"}
     kernels |= {"rates", "lengths", "weights", "gather", "threshold", "largest", "tally_rows", "forward"}
     kernels |= {"count_digits", "choose_digit", "count_kept", "pack", "count_ones", "unpack"}
     kernels |= {"pack_bits", "unpack_bits", "prepare", "key_gradients", "query_gradients"}

@@ -26,6 +26,7 @@ from sparse_compile.kernels.triton import (
     largest,
     launcher,
     row_stats,
+    scaled_rows,
     tiles,
     weight_gradient,
 )
@@ -111,7 +112,8 @@ def site_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], object]:
     """A backward of a linear, half of whose rows are zero; ``launch`` sees all kernels."""
-    for module in (base_inputs, compaction, draw, input_gradient, largest, row_stats, weight_gradient):
+    modules = (base_inputs, compaction, draw, input_gradient, largest, row_stats, scaled_rows)
+    for module in (*modules, weight_gradient):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(on_device, "usable", lambda dy: True)
     monkeypatch.setattr(device_linear, "WORTH_LOOKING", 0)
@@ -174,7 +176,7 @@ LAUNCHES: dict[str, tuple[Reuse | Sample | None, list[str], list[str]]] = {
     ),
     "sample": (
         Sample(0.3),
-        ["scores", "rates", "lengths", "weights", "gather", "gather_matmul", "gather_reduce"],
+        ["scores", "rates", "lengths", "weights", "gather", "gather_matmul", "scaled_rows", "gather_reduce"],
         [],
     ),
     "reuse": (
