@@ -1,6 +1,8 @@
 """Rows that were drawn, each multiplied by its weight, one after the other: what dW multiplies.
 
-out_j = scale_j · M_(kept_j)        for j < count
+    out_j = scale_j · M_(kept_j)        for j < count
+
+Which of dY and X it is, and why, is said in ``weight_gradient.py``.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ dropped (``base_inputs.py``). Where dW has too few tiles to fill the GPU, rows a
 ``splits`` programs a tile, each with a partial sum of its own in float32; those are added up afterwards
 (``partial_sums.py``). (Atomic adds into one dW would need no buffer, and give another rounding in every run.)
 
-Rows that are scaled are scaled before (``scaled_rows.py``), on the side that has fewer columns, and lie one
-after the other then: what is multiplied by a scale on its way is no longer copied to shared memory ahead of
-the tensor cores, and they wait for it.
+Rows that are scaled are scaled before (``scaled_rows.py``), on one side, and lie one after the other then:
+what is multiplied by a scale on its way is no longer copied to shared memory ahead of the tensor cores, and
+they wait for it.
 """
 
 from __future__ import annotations
@@ -155,12 +155,15 @@ def weight_gradient(
         [O, I] or [I, O], contiguous, in the dtype of ``dy``.
     """
     assert base is None or (scale is None and inputs is not None)
-    a, b = (x, dy) if transposed else (dy, x)
     packed = ""
-    if scale is not None:  # either side of the sum may be
-        packed = "a" if a.shape[1] <= b.shape[1] else "b"
-        rows = scaled_rows(a if packed == "a" else b, kept, count, scale)
-        a, b = (rows, b) if packed == "a" else (a, rows)
+    if scale is not None:
+        # The narrower one. In float16 dY: what was drawn against the odds has a dY as small as its weight is
+        # large, and X times that weight may be infinite.
+        of_dy = dy.dtype == torch.float16 or dy.shape[1] <= x.shape[1]
+        rows = scaled_rows(dy if of_dy else x, kept, count, scale)
+        dy, x = (rows, x) if of_dy else (dy, rows)
+        packed = "a" if of_dy != transposed else "b"
+    a, b = (x, dy) if transposed else (dy, x)
     tokens, base_a, base_b = 0, a, b
     if base is not None and inputs is not None:
         tokens = len(base)

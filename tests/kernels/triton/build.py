@@ -49,6 +49,7 @@ class Built:
         tensor_cores: the instructions for them that occur, e.g. ``["mma.sync"]``.
         narrow: whether an offset into a tensor is multiplied in 32 bits, where it may overflow.
         copies: whether tiles are copied to shared memory while others are multiplied (``cp.async``).
+        packed: which operand of dW holds the scaled rows, "a" or "b".
     """
 
     kernel: str
@@ -65,6 +66,7 @@ class Built:
     tensor_cores: list[str]
     narrow: bool
     copies: bool
+    packed: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class Job:
     scaled: bool
     based: bool
     capability: int
+    packed: str = ""
     build: Callable[[], dict[str, Any]]
 
     def run(self) -> Built:
@@ -181,6 +184,7 @@ def plain(
         precision=constants.get("PRECISION", ""),
         scaled=constants.get("SCALED", False) or bool(constants.get("PACKED")),
         based=constants.get("BASED", False),
+        packed=constants.get("PACKED", ""),
         capability=capability,
         build=functools.partial(build, function, constants, dtype, capability, **options),
     )
@@ -219,21 +223,22 @@ def products() -> Iterator[Job]:
             constants = {**config.kwargs, "BASED": based, "PRECISION": precision, "GROUP": 8}
             if name == "gather_matmul":
                 constants |= {"SCALED": scaled, "EVEN_K": True, "BIASED": kind == "forward"}
-            else:
-                constants |= {"PACKED": "a" if scaled else ""}
             options: dict[str, Any] = {"across": "w"} if kind == "forward" else {}
             options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
             tile = "{BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs)
-            yield Job(
-                kernel="forward" if kind == "forward" else name,
-                tile=f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
-                dtype=dtype,
-                precision=precision,
-                scaled=scaled,
-                based=based,
-                capability=capability,
-                build=functools.partial(build, kernel, constants, dtype, capability, **options),
-            )
+            for packed in ("a", "b") if scaled and name == "gather_reduce" else ("",):
+                packs = {"PACKED": packed} if name == "gather_reduce" else {}
+                yield Job(
+                    kernel="forward" if kind == "forward" else name,
+                    tile=f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
+                    dtype=dtype,
+                    precision=precision,
+                    scaled=scaled,
+                    packed=packed,
+                    based=based,
+                    capability=capability,
+                    build=functools.partial(build, kernel, constants | packs, dtype, capability, **options),
+                )
 
 
 def others() -> Iterator[Job]:

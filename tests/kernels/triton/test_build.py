@@ -99,3 +99,6 @@ def test_every_tile_was_built_for_rows_of_every_kind(built: list[Built]) -> None
     which = [{(b.kernel, b.tile, b.capability) for b in even if (b.scaled, b.based) == k} for k in kinds]
     assert which[0] == which[1] == which[2]
     assert len(which[0]) == 2 * (3 + 5)
+    reduced = [b for b in even if b.kernel == "gather_reduce"]
+    sides = [{(b.tile, b.capability) for b in reduced if b.packed == side} for side in ("", "a", "b")]
+    assert sides[0] == sides[1] == sides[2]

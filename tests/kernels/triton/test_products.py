@@ -174,6 +174,22 @@ def test_low_precision_is_no_worse_than_the_dense_products(
         )
 
 
+@pytest.mark.parametrize("size", [(20, 24, 40), (20, 40, 24)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_weights_of_small_rows(
+    size: tuple[int, int, int], transposed: bool, device: torch.device
+) -> None:
+    """Sampling gives a row of small dY a large weight. In float16, X times that would be infinite."""
+    c = case(size, 1.0, device, torch.float16)
+    c.dy *= 2.0**-14
+    c.scale *= 2.0**17
+    dw = weight_gradient(c.dy, c.x, c.kept, c.count, c.scale, transposed=transposed)
+    wanted = reference.weight_gradient(c.dy, c.x, c.kept, c.count, c.scale, transposed=transposed)
+    assert dw.isfinite().all()
+    # Of 20 terms of about 10, each rounded to float16 (2⁻¹¹).
+    torch.testing.assert_close(dw.float(), wanted, rtol=1e-2, atol=0.1)
+
+
 @pytest.mark.parametrize("size", BASED_SIZES)
 @pytest.mark.parametrize("share", COUNTS)
 def test_input_gradient_with_a_base(
