@@ -25,6 +25,7 @@ TESTS = (
     "tests/kernels/triton/test_base_inputs.py",
     "tests/kernels/triton/test_base_renewal.py",
     "tests/kernels/triton/test_partial_sums.py",
+    "tests/kernels/triton/test_scaled_rows.py",
     "tests/kernels/triton/test_attention.py",
     "tests/kernels/triton/test_row_stats.py",
     "tests/kernels/triton/test_pack.py",
