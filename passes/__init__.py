@@ -22,10 +22,11 @@ from sparse_compile.passes.attention import rewrite_attentions
 from sparse_compile.passes.blocks import Block, mark_blocks, rewrite_blocks
 from sparse_compile.passes.forward import rewrite_forwards
 from sparse_compile.passes.hand_over import hand_over
-from sparse_compile.passes.leftovers import linears_called, record_leftovers
+from sparse_compile.passes.leftovers import CalledLinear, linears_called, record_leftovers
 from sparse_compile.passes.linear import NO_SITE, rewrite_linears
 from sparse_compile.passes.needed import has_own_gradients
 from sparse_compile.passes.plan import plan_ops
+from sparse_compile.passes.regions import inline_regions
 from sparse_compile.passes.saved import pack_saved
 from torch.fx import Graph, Node
 
@@ -33,13 +34,22 @@ from sparse_compile import naming, sites
 from sparse_compile.settings.prune import PruneSaved
 from sparse_compile.sites import SavedRecord, SiteRecord, to_manifest
 
-__all__ = ["Block", "has_own_gradients", "linears_called", "mark_blocks", "rewrite", "source_hash"]
+__all__ = [
+    "Block",
+    "CalledLinear",
+    "has_own_gradients",
+    "inline_regions",
+    "linears_called",
+    "mark_blocks",
+    "rewrite",
+    "source_hash",
+]
 
 
 def rewrite(
     graph: Graph,
     parameters: dict[int, str],
-    linears: Sequence[str] = (),
+    linears: Sequence[CalledLinear] = (),
     blocks: Sequence[str] = (),
     saved: PruneSaved | None = None,
     handed_over: Collection[str] = (),
@@ -54,7 +64,7 @@ def rewrite(
     Args:
         graph: the joint graph of AOTAutograd, with or without Inductor's decompositions.
         parameters: position among the graph's inputs -> name of the parameter there.
-        linears: names of the linears that must turn up in the result (:func:`linears_called`).
+        linears: those that must turn up in the result (:func:`linears_called`).
         blocks: paths of the blocks whose ends are marked (:func:`mark_blocks`).
         saved: how to pack what is saved for backward; None leaves that to the partitioner.
         handed_over: names of the linears whose weight gradients go to the runtime (:func:`hand_over`).

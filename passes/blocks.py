@@ -19,11 +19,13 @@ taken out again, and the backward one,  dH' = boundary_gradient(dH, i),  becomes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 
 import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.linear import NO_SITE
+from sparse_compile.passes.regions import bodies
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -60,8 +62,8 @@ def mark_blocks(gm: GraphModule, where: str | None = None, frame: Block | None =
         return _mark_results(gm)
     # What a block computes in its own forward (a residual sum, say) is in no module below it; so which
     # modules hold others is asked of the whole graph.
-    holders = {path for node in gm.graph.nodes for path, _ in _modules_of(node)[:-1]}
-    blocks = {n: block for n in gm.graph.nodes if (block := _block_of(n, where, holders)) is not None}
+    holders = {path for node in _all_nodes(gm) for path, _ in _modules_of(node)[:-1]}
+    blocks = {n: block for n in gm.graph.nodes if (block := _block_of(n, gm, where, holders)) is not None}
     ends: dict[Node, Block] = {}
     for node, block in blocks.items():
         if _is_hidden_state(node) and any(blocks.get(user) != block for user in node.users):
@@ -113,10 +115,28 @@ def _modules_of(node: Node) -> list[tuple[str, str]]:
     ]
 
 
-def _block_of(node: Node, where: str | None, holders: set[str]) -> Block | None:
+def _all_nodes(gm: GraphModule) -> Iterator[Node]:
+    """Those of checkpoints in it, too."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
+
+
+def _made_by(node: Node, gm: GraphModule) -> Node:
+    """The node itself; of what a checkpoint returns, the node in it: a whole block may be in one."""
+    op, number = node.args[:2] if node.target is operator.getitem else (node, 0)
+    for body in bodies(op, gm) if isinstance(op, Node) else ():
+        results = body.graph.output_node().args[0]
+        result = results[number] if isinstance(results, Sequence) else results  # type: ignore[index]
+        if isinstance(result, Node):
+            return _made_by(result, body)
+    return node
+
+
+def _block_of(node: Node, gm: GraphModule, where: str | None, holders: set[str]) -> Block | None:
     """The outermost block that a node of a Dynamo graph is in; ``holders`` are paths of modules with others
     in them."""
-    for path, name in _modules_of(node):
+    for path, name in _modules_of(_made_by(node, gm)):
         if where is None:
             # A numbered leaf is one layer of a Sequential, not a block.
             if path.rpartition(".")[2].isdigit() and path in holders:

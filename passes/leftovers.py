@@ -1,20 +1,24 @@
 """List the linears that reached the joint graph as something other than a plain matrix product.
 
-Nothing may be left out silently. Two ways in which a linear is not seen by ``passes/linear.py``:
+Nothing may be left out silently. Three ways in which a linear is not seen by ``passes/linear.py``:
 
 - another op multiplies by the weight: the grouped products of a mixture of experts
   (``grouped_mm(x, W [E, I, O], offsets)``), a quantised or a vector product;
-- a decomposition took it apart: with one input or one output feature a product is elementwise work.
+- a decomposition took it apart: with one input or one output feature a product is elementwise work;
+- it is called within a branch or a loop (``torch.cond``, ``while_loop``, ``scan``), whose graphs stay apart.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.regions import bodies, names_within
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from sparse_compile.sites import SiteRecord
@@ -23,13 +27,25 @@ _MULTIPLIES = re.compile(r"(^|_)(mm|bmm|mv|matmul|linear|addmv)(_|$)")
 _SEEN = ("mm", "addmm", "bmm", "baddbmm")
 
 
+@dataclasses.dataclass(frozen=True)
+class CalledLinear:
+    """A linear in a Dynamo graph: the name of its site, and the op whose body it is in, such as ``cond``."""
+
+    name: str
+    within: str = ""
+
+
 def record_leftovers(
-    graph: Graph, *, below: dict[Node, frozenset[str]], called: Iterable[str], records: list[SiteRecord]
+    graph: Graph,
+    *,
+    below: dict[Node, frozenset[str]],
+    called: Iterable[CalledLinear],
+    records: list[SiteRecord],
 ) -> None:
     """Append a record for every linear that has none.
 
     Args:
-        called: the names of the linears that Dynamo saw: :func:`linears_called`.
+        called: the linears that Dynamo saw: :func:`linears_called`.
     """
     for node in graph.nodes:
         if node.op == "call_function" and not g.is_backward(node) and _multiplies(node):
@@ -38,43 +54,43 @@ def record_leftovers(
             if weight is not None and x is not None:
                 records.append(_other_op(node, x, weight, below))
     known = {record.name for record in records}
-    for name in dict.fromkeys(called):
-        if name not in known:
+    apart = {str(node.target) for node in graph.nodes if isinstance(node.target, HigherOrderOperator)}
+    for linear in dict.fromkeys(called):
+        if linear.name not in known:
+            known.add(linear.name)
             records.append(
                 SiteRecord(
-                    name=name,
+                    name=linear.name,
                     kind="linear",
                     shape=(),
                     flops_forward=0,
                     flops_backward=0,
                     rewritten=False,
-                    reason="it is no matrix product in the joint graph, but elementwise work",
+                    reason=f"it is called within the op {linear.within}, whose graph is not rewritten"
+                    if linear.within in apart
+                    else "it is no matrix product in the joint graph, but elementwise work",
                 )
             )
 
 
-def linears_called(gm: GraphModule, parameters: dict[int, str]) -> Iterator[str]:
-    """The names of the linears in a Dynamo graph.
+def linears_called(gm: GraphModule, parameters: dict[int, str]) -> Iterator[CalledLinear]:
+    """The linears in a Dynamo graph.
 
     Args:
         parameters: position among the graph's inputs -> name of the parameter there.
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
-    yield from _linears_called(gm, {node: parameters[i] for i, node in inputs if i in parameters})
+    yield from _linears_called(gm, {node: parameters[i] for i, node in inputs if i in parameters}, "")
 
 
-def _linears_called(gm: GraphModule, names: dict[Node, str]) -> Iterator[str]:
+def _linears_called(gm: GraphModule, names: dict[Node, str], within: str) -> Iterator[CalledLinear]:
     below = g.parameters_below(gm.graph, names)
     for node in gm.graph.nodes:
         if node.target is torch._C._nn.linear:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-            yield g.site_name(node, below.get(weight, frozenset()))
-        elif node.args and isinstance(node.args[0], Node) and node.args[0].op == "get_attr":
-            body = getattr(gm, str(node.args[0].target), None)
-            if isinstance(body, GraphModule):  # a checkpointed region, say: `op(body, *inputs of the body)`
-                inputs = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
-                inside = {inner: names[outer] for inner, outer in inputs if outer in names}
-                yield from _linears_called(body, inside)
+            yield CalledLinear(g.site_name(node, below.get(weight, frozenset())), within)
+        for body in bodies(node, gm):
+            yield from _linears_called(body, names_within(body, node, names), str(node.target))
 
 
 def _is_activation(node: Node, below: dict[Node, frozenset[str]]) -> bool:

@@ -54,7 +54,7 @@ class _Request:
 
     Attributes:
         names: position among its inputs -> name of the parameter there.
-        linears: names of the linears that it calls.
+        linears: those that it calls.
         blocks: paths of the blocks whose ends are marked.
         handed_over: the layers whose weight gradients go to the runtime.
         patches: settings of Inductor.
@@ -62,7 +62,7 @@ class _Request:
     """
 
     names: dict[int, str]
-    linears: list[str]
+    linears: list[passes.CalledLinear]
     blocks: list[str]
     handed_over: list[str]
     patches: dict[str, Any]
@@ -114,6 +114,7 @@ class SparseBackend:
         self._check_schedule(naming.find_root(None if anchor is None else example_inputs[anchor.position]))
         names = {parameter.position: parameter.name for parameter in parameters}
         owner = self._runtime.owner(anchor, example_inputs)
+        passes.inline_regions(gm, names)
         devices = {each.device for each in example_inputs if isinstance(each, Tensor)}
         request = _Request(
             names=names,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tracing import Model, Tracer, layer, trace, value
 
 from sparse_compile import naming, passes
+from sparse_compile.passes import CalledLinear
 
 ELEMENTWISE = "it is no matrix product in the joint graph, but elementwise work"
 
@@ -122,4 +123,5 @@ def test_linears_called() -> None:
     tracer = Called()
     model = Model(forward, a=layer(6, 4), b=layer(4, 4), proj=value(3, 4))
     torch.compile(model, backend=tracer)(value(5, 6))
-    assert tracer.called == ["a", "b", "proj"]
+    within = "tag_activation_checkpoint"
+    assert tracer.called == [CalledLinear("a", within), CalledLinear("b"), CalledLinear("proj")]
