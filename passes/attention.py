@@ -160,7 +160,7 @@ def _refuse(given: dict[str, Any], form: str) -> None:
         raise NoMatch("it drops probabilities inside the op, which alone can tell which")
     query, key, value = (g.shape_of(given[name]) for name in ("query", "key", "value"))
     if not g.same_size(query[3], value[3]):
-        raise NoMatch("its values are of another width than its keys")
+        raise NoMatch("its values are not known to be as wide as its keys")
     if form == "flash" and given["is_causal"] and not g.same_size(query[2], key[2]):
         raise NoMatch("its causal mask is aligned to the last key, which is not that of the last query")
     if form == "efficient" and given["grad_input_mask"][3]:

@@ -22,13 +22,15 @@ import torch
 from sparse_compile.passes import graph as g
 from torch.fx import GraphModule, Node, map_arg
 
+from sparse_compile.naming import without_common_end
+
 _CALL = torch.ops.higher_order.invoke_subgraph
 
 
 @dataclasses.dataclass
 class _Region:
-    """How a region was called when Dynamo traced its body: the module it was in, and the names of its operands
-    that are parameters."""
+    """How a region was called when Dynamo traced its body: the module it was in, and its operands' names, of
+    those that are parameters."""
 
     path: str
     operands: list[str | None]
@@ -40,7 +42,7 @@ class _Region:
     def renamed(self, other: _Region) -> dict[str, str]:
         """Paths of modules as Dynamo has them in the body, and what they are in another call."""
         pairs = [(self.path, other.path), *zip(self.operands, other.operands, strict=True)]
-        ends = [_without_common_end(a, b) for a, b in pairs if a and b and a != b]
+        ends = [without_common_end(a, b) for a, b in pairs if a and b and a != b]
         return {old: new for old, new in ends if old}
 
 
@@ -116,15 +118,6 @@ def _write_out(gm: GraphModule, call: Node, body: GraphModule, renamed: Mapping[
     gm.graph.erase_node(call)
     if not region.users:  # type: ignore[union-attr]
         gm.graph.erase_node(region)  # type: ignore[arg-type]
-
-
-def _without_common_end(a: str, b: str) -> tuple[str, str]:
-    """``layers.0.mlp.weight`` and ``layers.1.mlp.weight`` differ by ``layers.0`` and ``layers.1``."""
-    left, right = a.split("."), b.split(".")
-    while left and right and left[-1] == right[-1]:
-        left.pop()
-        right.pop()
-    return ".".join(left), ".".join(right)
 
 
 def _rename_modules(node: Node, renamed: Mapping[str, str]) -> None:

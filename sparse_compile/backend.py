@@ -110,10 +110,10 @@ class SparseBackend:
             ScheduleError: (a ValueError) a pattern or block of the schedule that the model does not have.
         """
         parameters = naming.find_parameters(gm, example_inputs)
-        anchor = next(iter(parameters), None)
-        self._check_schedule(naming.find_root(None if anchor is None else example_inputs[anchor.position]))
+        self._check_schedule(naming.find_root([example_inputs[each.position] for each in parameters]))
         names = {parameter.position: parameter.name for parameter in parameters}
-        owner = self._runtime.owner(anchor, example_inputs)
+        owners = naming.Owners(parameters)
+        owner = self._runtime.owner(owners, example_inputs)
         passes.inline_regions(gm, names)
         devices = {each.device for each in example_inputs if isinstance(each, Tensor)}
         request = _Request(
@@ -142,7 +142,7 @@ class SparseBackend:
             return variants.at(self.step, self._runtime.place(owner), share, all_rows)
 
         def run(*inputs: Any) -> Any:
-            owner = self._runtime.owner(anchor, inputs)
+            owner = self._runtime.owner(owners, inputs)
             if owner.root is not None:
                 self._check_schedule(owner.root())  # again: only now known if a plain function was compiled
             way = variant(owner)
@@ -309,7 +309,7 @@ class SparseBackend:
         """Mark the ends of the model's blocks, if the schedule does anything there."""
         if self.schedule.blocks is None:
             return []
-        root, path = None if owner.root is None else owner.root(), owner.prefix.rstrip(".")
+        root, path = None if owner.root is None else owner.root(), owner.path
         reason = getattr(gm, "compile_subgraph_reason", None)  # the parts that DDP makes of a graph have none
         frame = None
         if root is not None and path and reason is not None and not reason.graph_break:

@@ -2,22 +2,28 @@
 
 Dynamo names things relative to the module whose frame it compiled. After a graph break, or when only the
 layers of a model are compiled, that is some inner module, and one compiled graph then serves many layers.
-The parameter that a graph is called with tells them apart: its full name in the outermost module that is
-running gives the prefix of every name in the graph, for that call.
+The parameters that a graph is called with tell them apart: what they are in the outermost module that is
+running says what every name in the graph is there, for that call.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import sys
 import types
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+# With one first parameter, that is: layers that share it.
+_MOST_OWNERS = 1024
 
 # Of the name of a block's end, where something else has the block's own name.
 END_OF_BLOCK = " (end)"
@@ -39,17 +45,29 @@ class NamedInput:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose forward it is: the outermost module, if one was found, and how names in the frame become names
-    in it. ``prefix`` is the path from the outermost module to the frame's own, ``surplus`` the path the other
-    way round (a wrapper was compiled, or a function that has the module in a variable). Both end in a dot
-    unless empty."""
+    """Whose forward it is, and how names in the frame become names in that model.
+
+    Attributes:
+        root: the outermost module, if one was found.
+        moved: paths in the frame, and the paths of the same modules in the root, the longest first. Usually
+            that is one pair: ``("", "encoder.layers.0")`` in a frame of a layer, ``("model", "")`` in a
+            function that has the model in a variable.
+    """
 
     root: weakref.ref[nn.Module] | None = None
-    prefix: str = ""
-    surplus: str = ""
+    moved: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Of the frame's own module in the root."""
+        return dict(self.moved).get("", "")
 
     def full_name(self, name: str) -> str:
-        return f"{self.prefix}{name.removeprefix(self.surplus)}".rstrip(".")
+        """The name in the root of what is called ``name`` in the frame."""
+        for old, new in self.moved:
+            if not old or f"{name}.".startswith(f"{old}."):
+                return ".".join(filter(None, (new, name.removeprefix(old).removeprefix("."))))
+        return name
 
 
 def split_variable(source: str) -> tuple[str, str]:
@@ -98,8 +116,7 @@ def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) 
     """The inputs of a Dynamo graph that are a module's parameters.
 
     Dynamo says where each comes from: ``L['self']._modules['encoder']._parameters['weight']``. The variable
-    is left out of the name, unless a function uses modules of several variables. The first input found is
-    the graph's *anchor*, the one by which it recognises its owner.
+    is left out of the name, unless there are several; ``self`` is always.
     """
     found = []
     for position, (node, value) in enumerate(
@@ -112,9 +129,11 @@ def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) 
         if "_parameters" in text:
             variable, rest = split_variable(text)
             found.append((position, variable, clean(".".join(re.findall(r"[\w-]+", rest)))))
-    variables = {variable for _, variable, _ in found}
-    qualify = len(variables) > 1 and "self" not in variables
-    return [NamedInput(p, f"{variable}.{name}" if qualify else name) for p, variable, name in found]
+    several = len({variable for _, variable, _ in found}) > 1
+    return [
+        NamedInput(p, f"{variable}.{name}" if several and variable != "self" else name)
+        for p, variable, name in found
+    ]
 
 
 def _frames() -> Iterator[types.FrameType]:
@@ -135,28 +154,104 @@ def running_modules() -> Iterator[nn.Module]:
             yield owner
 
 
-def find_root(parameter: object) -> nn.Module | None:
-    """The outermost running module that has ``parameter``. Where a plain function was compiled no module
-    may be running, and one that a variable on the call stack refers to is taken."""
+def find_root(parameters: Sequence[object]) -> nn.Module | None:
+    """The outermost running module that has all of the ``parameters``, or else some. Where a plain function
+    was compiled no module may be running, and one that a variable on the call stack refers to is taken."""
     running = list(running_modules())
     variables = (value for frame in _frames() for value in frame.f_locals.values())
+    wanted = {id(parameter) for parameter in parameters}
+    some = None
     for module in itertools.chain(running, (v for v in variables if isinstance(v, nn.Module))):
-        if any(candidate is parameter for candidate in module.parameters()):
+        missing = wanted.difference(map(id, module.parameters()))
+        if wanted and not missing:
             return unwrap(module)
+        if some is None and len(missing) < len(wanted):
+            some = module
+    if some is not None:
+        return unwrap(some)
     return unwrap(running[0]) if running else None  # DDP compiles with stand-ins for the parameters
 
 
-def find_owner(parameter: object, name: str) -> Owner:
-    """Who runs a graph whose anchor is ``parameter``, called ``name`` in the compiled frame."""
-    root = find_root(parameter)
+def find_owner(parameters: Sequence[tuple[object, str]]) -> Owner:
+    """Who runs a graph with these parameters, each with its name in the compiled frame."""
+    root = find_root([parameter for parameter, _ in parameters])
     if root is None:
         return Owner()
-    for full, candidate in root.named_parameters(remove_duplicate=False):
-        if candidate is parameter and f".{clean(full)}".endswith(f".{name}"):
-            return Owner(weakref.ref(root), prefix=clean(full)[: -len(name)])
-        if candidate is parameter and name.endswith(f".{clean(full)}"):
-            return Owner(weakref.ref(root), surplus=name[: -len(clean(full))])
-    return Owner(weakref.ref(root))
+    names: dict[int, list[str]] = {}
+    for full, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(clean(full))
+    found = [(name, names[id(parameter)]) for parameter, name in parameters if id(parameter) in names]
+    return Owner(weakref.ref(root), _moved(found))
+
+
+def _moved(found: Sequence[tuple[str, list[str]]]) -> tuple[tuple[str, str], ...]:
+    """``Owner.moved``.
+
+    Args:
+        found: names of parameters in the frame, each with all that it has in the root: one that is tied, or
+            whose module is held twice, has several. The one is meant that agrees with most of the others.
+    """
+    votes = Counter(p for name, known in found for p in {without_common_end(name, full) for full in known})
+
+    def weight(name: str, full: str) -> tuple[int, bool]:
+        pair = without_common_end(name, full)
+        return votes[pair], not pair[0]
+
+    meant = [(name, max(known, key=functools.partial(weight, name))) for name, known in found]
+    meant.sort(key=lambda each: weight(*each), reverse=True)
+    moved: dict[str, str] = {}
+    for name, full in meant:
+        moved.setdefault(*without_common_end(name, full))
+    if moved:
+        moved.setdefault("", _common_start(list(moved.values())))
+
+    def in_order() -> tuple[tuple[str, str], ...]:
+        return tuple(sorted(moved.items(), key=lambda pair: len(pair[0]), reverse=True))
+
+    owner = Owner(None, in_order())
+    moved |= {layer_of(name): layer_of(full) for name, full in meant if owner.full_name(name) != full}
+    return in_order()
+
+
+def without_common_end(a: str, b: str) -> tuple[str, str]:
+    """``layers.0.mlp.weight`` and ``layers.1.mlp.weight`` differ by ``layers.0`` and ``layers.1``."""
+    left, right = a.split("."), b.split(".")
+    while left and right and left[-1] == right[-1]:
+        left.pop()
+        right.pop()
+    return ".".join(left), ".".join(right)
+
+
+def _common_start(paths: Sequence[str]) -> str:
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, columns))
+
+
+class Owners:
+    """Whose parameters one graph is called with, found out once for every set of them."""
+
+    def __init__(self, parameters: Sequence[NamedInput]) -> None:
+        self.parameters = parameters
+        self._found: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def known(self, inputs: Sequence[object]) -> Owner | None:
+        """Who it was when the graph was called with these inputs before."""
+        if not self.parameters:
+            return Owner()
+        return self._found.get(inputs[self.parameters[0].position], {}).get(self._key(inputs))
+
+    def find(self, inputs: Sequence[object]) -> Owner:
+        """Look for the one who is calling the graph now."""
+        owner = find_owner([(inputs[each.position], each.name) for each in self.parameters])
+        if owner.root is not None:  # it is not known while a function is compiled, but when it runs
+            found = self._found.setdefault(inputs[self.parameters[0].position], {})
+            if len(found) >= _MOST_OWNERS:
+                found.clear()
+            found[self._key(inputs)] = owner
+        return owner
+
+    def _key(self, inputs: Sequence[object]) -> tuple[int, ...]:
+        return tuple([id(inputs[each.position]) for each in self.parameters])
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -242,8 +242,8 @@ class PlannedCalls:
         self.device = device
         self.recorded = recorded
         self._first: dict[Hashable, Plan] = {}
-        self.graphs: dict[tuple[int, str], int] = {}
-        self.opened: dict[tuple[int, str], int] = {}
+        self.graphs: dict[Hashable, int] = {}
+        self.opened: dict[Hashable, int] = {}
 
     def shapes(self, inputs: Sequence[Any]) -> Hashable:
         """What tells batches of different sizes apart."""

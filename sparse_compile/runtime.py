@@ -16,7 +16,7 @@ import contextvars
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from sparse_compile.clock import Clock
 from sparse_compile.controller import Controller
 from sparse_compile.linear_site import LinearSite
 from sparse_compile.memory import Use
-from sparse_compile.naming import NamedInput, Owner
+from sparse_compile.naming import Owner, Owners
 from sparse_compile.plan import Plan
 from sparse_compile.planner import PlannedCalls, Planner
 from sparse_compile.rotation import Rotation
@@ -87,8 +87,7 @@ class Runtime:
         self.saved: dict[str, list[SavedRecord]] = {}
         self._graphs: list[RunningGraph] = []
         self._lanes: dict[tuple[str, ...], Lanes] = {}
-        self._graph_ids: dict[tuple[str, int, str], int] = {}
-        self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._graph_ids: dict[tuple[Any, ...], int] = {}
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._copy_numbers = itertools.count()
         self._pending: dict[str, Any] = {}
@@ -103,19 +102,13 @@ class Runtime:
         finally:
             _running.reset(token)
 
-    def owner(self, anchor: NamedInput | None, inputs: Sequence[object]) -> Owner:
+    def owner(self, owners: Owners, inputs: Sequence[object]) -> Owner:
         """Whose parameters a graph is called with."""
-        if anchor is None:
-            return Owner()
-        parameter = inputs[anchor.position]
-        owners = self._owners.setdefault(parameter, {})
-        if anchor.name not in owners:
-            self.clock.watch(value for value in inputs if isinstance(value, nn.Parameter))
-            owner = naming.find_owner(parameter, anchor.name)
-            if owner.root is None:
-                return owner  # not known while a function is compiled, but when it runs
-            owners[anchor.name] = owner
-        return owners[anchor.name]
+        known = owners.known(inputs)
+        if known is not None:
+            return known
+        self.clock.watch(value for value in inputs if isinstance(value, nn.Parameter))
+        return owners.find(inputs)
 
     def models(self) -> list[tuple[nn.Module, str]]:
         """The models seen so far that still exist, each with what its sites' names end in."""
@@ -128,7 +121,7 @@ class Runtime:
 
     def open(self, manifest: str, owner: Owner) -> Token:
         """Begin a forward of the graph with this manifest."""
-        key = (manifest, self._copy(owner), owner.prefix)
+        key = (manifest, self._copy(owner), owner.moved)
         number = self._graph_ids.get(key)
         if number is None:
             sites, saved = from_manifest(manifest)
@@ -196,9 +189,9 @@ class Runtime:
         for name in dict.fromkeys(record.name for record in records):
             self.records[name] = [record for record in records if record.name == name]
 
-    def place(self, owner: Owner) -> tuple[int, str]:
+    def place(self, owner: Owner) -> Hashable:
         """Which model a callable runs for, and where in it."""
-        return self._copy(owner), owner.prefix
+        return self._copy(owner), owner.moved
 
     def _copy(self, owner: Owner) -> int:
         """0 for the first model that this backend ran, 1 for its second (a deep copy, say), …"""

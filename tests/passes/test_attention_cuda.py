@@ -140,7 +140,7 @@ REFUSED = {
     "wider values": (
         lambda form, q, k, v: attend(form, q, k, torch.cat([v, v], -1)),
         ("efficient",),
-        "its values are of another width than its keys",
+        "its values are not known to be as wide as its keys",
     ),
 }
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_compile.passes import CalledLinear
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 from tracing import Model, Tracer, layer, trace, value
 
 from sparse_compile import naming, passes
-from sparse_compile.passes import CalledLinear
 
 ELEMENTWISE = "it is no matrix product in the joint graph, but elementwise work"
 

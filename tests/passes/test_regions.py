@@ -1,5 +1,5 @@
-"""Layers that are compiled once for all of them (`nested_compile_region`) are rewritten one by one; branches and
-loops are not, and the report says so."""
+"""Layers that are compiled once for all of them (`nested_compile_region`) are rewritten one by one; branches
+and loops are not, and the report says so."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ FORMS: dict[str, tuple[type[Layer], Any]] = {
 
 
 def run(schedule: Schedule, layer: type[Layer], call: Any) -> tuple[nn.Module, nn.Module, Report]:
-    """The model compiled, and an eager copy of it, both after a backward; half of the tokens have no label."""
+    """The compiled model, and an eager copy, after a backward each. Half of the tokens have no label."""
     model = Chain(layer, call)
     eager = copy.deepcopy(model)
     x, labels = torch.randn(8, TOKENS, WIDTH), torch.randint(20, (8, TOKENS))
