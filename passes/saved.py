@@ -8,8 +8,8 @@ the largest entries of it trains as well (Back Razor, see ``methods/prune.py``).
 becomes
 
     forward    x = …
-               mask, kept, scales, means = sparse_compile.pack(x, samples, groups, keep, values)
-    backward   x̂ = sparse_compile.unpack(mask, kept, scales, means, size, dtype)
+               mask, kept, scales, means, rows = sparse_compile.pack(x, samples, groups, keep, values)
+    backward   x̂ = sparse_compile.unpack(mask, kept, scales, means, rows, size, dtype)
                … = f(dy, x̂)
 
 The input of an activation function (GELU, SiLU, …) is not pruned but rounded to 8 bits: a zero in the place
@@ -271,7 +271,7 @@ class _Packer:
                 *(source, samples, groups, 1 - self._method.ratio, self._method.values),
                 like=source,
             )
-            parts = [g.call(self._graph, operator.getitem, packed, i, like=source) for i in range(4)]
+            parts = [g.call(self._graph, operator.getitem, packed, i, like=source) for i in range(5)]
         _save(packed, *parts)
         self._note(source, self._kinds[source], parts)
         return self._unpack(reader, ours.unpack.default, *parts, size, value.dtype)

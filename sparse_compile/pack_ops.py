@@ -1,12 +1,13 @@
 """The custom ops that carry pruned activations from the forward to the backward; see ``passes/saved.py``.
 
-``pack(x, samples, groups, keep, values) -> (mask, kept, scales, means)``
+``pack(x, samples, groups, keep, values) -> (mask, kept, scales, means, rows)``
     x [..., I], B samples one after the other with n entries each; k = round(keep · n) of them are kept. If
-    there are ``groups`` of rows, G, their means are taken off first: means [G, I], else empty. mask uint8
+    there are ``groups`` of rows, G, their means are taken off first: means [G, I], rows bool [G, R] of which
+    (``prune.rows_with_mean``); else both are empty. mask uint8
     [B, ceil(n / 8)]; kept [B · k] in the form that ``values`` names; scales float32, empty unless that is
     int8.
 
-``unpack(mask, kept, scales, means, size, dtype) -> x̂``
+``unpack(mask, kept, scales, means, rows, size, dtype) -> x̂``
     the pruned activation, contiguous, with the mean, or zero, where nothing was kept.
 
 ``pack_bits(x) -> mask``, ``unpack_bits(mask, size) -> x``
@@ -37,12 +38,12 @@ _library = torch.library.Library("sparse_compile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 _library.define(
     "pack(Tensor x, SymInt samples, SymInt groups, float keep, str values)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _library.define(
-    "unpack(Tensor mask, Tensor kept, Tensor scales, Tensor means, SymInt[] size, ScalarType dtype)"
-    " -> Tensor",
+    "unpack(Tensor mask, Tensor kept, Tensor scales, Tensor means, Tensor rows, SymInt[] size,"
+    " ScalarType dtype) -> Tensor",
     tags=_TAGS,
 )
 _library.define("needed(Tensor[] saved) -> ()")
@@ -67,21 +68,31 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
 @torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
 def _pack(
     x: Tensor, samples: int, groups: int, keep: float, values: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     means = x.reshape(groups, -1, x.shape[-1]).mean(1) if groups else None
+    rows = None if means is None else prune.rows_with_mean(x, means)
     k = prune.count(keep, x.numel() // samples)
-    mask, kept = _kernels(x.device, x.dtype).pack(x, samples, k, means)
-    return mask, *prune.narrow(kept, values), x.new_empty(0) if means is None else means
+    mask, kept = _kernels(x.device, x.dtype).pack(x, samples, k, means, rows)
+    stored = prune.narrow(kept, values)
+    if means is None or rows is None:
+        return mask, *stored, x.new_empty(0), x.new_empty(0, dtype=torch.bool)
+    return mask, *stored, means, rows
 
 
 @torch.library.impl(_library, "unpack", "CompositeExplicitAutograd")
 def _unpack(
-    mask: Tensor, kept: Tensor, scales: Tensor, means: Tensor, size: list[int], dtype: torch.dtype
+    mask: Tensor,
+    kept: Tensor,
+    scales: Tensor,
+    means: Tensor,
+    rows: Tensor,
+    size: list[int],
+    dtype: torch.dtype,
 ) -> Tensor:
     values = prune.widen(kept, scales, dtype)
     x = _kernels(mask.device, dtype).unpack(mask, values, math.prod(size) // len(mask))
     if len(means):
-        x.view(len(means), -1, means.shape[1]).add_(means.unsqueeze(1))
+        x.view(*rows.shape, -1).addcmul_(means.unsqueeze(1), rows.unsqueeze(-1).to(dtype))
     return x.view(size)
 
 
@@ -103,18 +114,25 @@ def _needed(saved: list[Tensor]) -> None:
 @torch.library.register_fake("sparse_compile::pack")
 def _pack_fake(
     x: Tensor, samples: int, groups: int, keep: float, values: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     entries = x.numel() // samples
     mask = x.new_empty(samples, (entries + 7) // 8, dtype=torch.uint8)
     kept = x.new_empty(samples * prune.count(keep, entries), dtype=prune.stored_dtype(x.dtype, values))
     scales = (len(kept) + prune.GROUP - 1) // prune.GROUP if values == "int8" else 0
     means = x.new_empty((groups, x.shape[-1]) if groups else 0)
-    return mask, kept, x.new_empty(scales, dtype=torch.float32), means
+    rows = x.new_empty((groups, x.numel() // (groups * x.shape[-1])) if groups else 0, dtype=torch.bool)
+    return mask, kept, x.new_empty(scales, dtype=torch.float32), means, rows
 
 
 @torch.library.register_fake("sparse_compile::unpack")
 def _unpack_fake(
-    mask: Tensor, kept: Tensor, scales: Tensor, means: Tensor, size: list[int], dtype: torch.dtype
+    mask: Tensor,
+    kept: Tensor,
+    scales: Tensor,
+    means: Tensor,
+    rows: Tensor,
+    size: list[int],
+    dtype: torch.dtype,
 ) -> Tensor:
     return kept.new_empty(size, dtype=dtype)
 

@@ -15,9 +15,13 @@ HIDDEN, HEADS = 32, 4
 
 def largest(x: Tensor, ratio: float, center: bool = False) -> Tensor:
     """x with all but the largest entries of each of its samples (the first dimension) set to zero; with
-    ``center`` the same of what x [..., T, I] differs by from its mean over T, which is added again."""
+    ``center`` the same of what x [..., T, I] differs by from its mean over T, which is added again. Rows
+    that are less than half as large as the mean, or vary less than half as much over I, are not centered."""
     if center:
-        mean = x.mean(-2, keepdim=True)
+        mean = x.mean(-2, keepdim=True).expand_as(x).clone()
+        for row, of_mean in zip(x.reshape(-1, x.shape[-1]), mean.view(-1, x.shape[-1]), strict=True):
+            if 2 * row.norm() < of_mean.norm() or 2 * row.std() < of_mean.std():
+                of_mean.zero_()
         return mean + largest(x - mean, ratio)
     kept = torch.zeros(len(x), x[0].numel(), dtype=x.dtype)
     for out, sample in zip(kept, x.reshape(len(x), -1), strict=True):
@@ -127,9 +131,10 @@ class Block(nn.Module):
                 chain, tuple(heads(eight_bits(flat.detach())) for flat in (flat_q, flat_k, flat_v)), q, k, v
             )
         else:
-            a = scores_pruned(q, k, p)
+            # Which rows are small is seen to where the linears give them, all heads of a token at once.
+            a = at(scores, (heads(p(flat_q)), heads(p(flat_k))), q, k)
             a = SoftmaxAt.apply(a, p(a.softmax(-1)))  # type: ignore[no-untyped-call]
-            o = at(torch.matmul, (p(a), p(v)), a, v)
+            o = at(torch.matmul, (p(a), heads(p(flat_v))), a, v)
         flat = merged(o)
         h = h + linear(self.o, flat, merged(p(o)))
         n, for_n = norm(self.second, h)
@@ -173,10 +178,6 @@ def merged(o: Tensor) -> Tensor:
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(-1, -2) / math.sqrt(HIDDEN // HEADS)
-
-
-def scores_pruned(q: Tensor, k: Tensor, p: Callable[[Tensor], Tensor]) -> Tensor:
-    return at(scores, (p(q), p(k)), q, k)
 
 
 def chain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

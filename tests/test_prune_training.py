@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import zoo
-from pruned import HIDDEN, Block
+from pruned import HEADS, HIDDEN, Block
 from torch import Tensor, nn
 
 from sparse_compile import PruneSaved, Reuse, Schedule, SparseBackend, sparse_backend
@@ -94,12 +94,12 @@ def test_gradients_not_as_published_are_those_of_the_formula(form, ratio):
     assert_close(gradients(run, model, x), expected)
     assert not torch.allclose(expected["q.weight"], plain["q.weight"], rtol=1e-2)
     by_kind = {kind.kind: kind for kind in backend.report().saved}
-    # A bit for each entry, the kept values, and a mean of 32 features for each sample.
-    pruned = BATCH * (16 * HIDDEN // 8 + 8 * prune.count(1 - ratio, 16 * HIDDEN) + 8 * HIDDEN)
+    # A bit for each entry, the kept values, a mean of 32 features for each sample, and a byte a row.
+    pruned = BATCH * (16 * HIDDEN // 8 + 8 * prune.count(1 - ratio, 16 * HIDDEN) + 8 * HIDDEN + 16)
     # A linear behind a norm reads what is packed for the norm: only `o` is left.
     assert by_kind["norm input"].bytes_packed == 2 * pruned
     if form != "relu":  # there, the output of the activation is twice as wide
-        assert by_kind["linear input"].bytes_packed == pruned
+        assert by_kind["linear input"].bytes_packed == pruned + BATCH * 16 * (HEADS - 1)  # rows of a head
     if form == "fused":
         assert by_kind["attention"].bytes_packed == 3 * BATCH * 16 * (HIDDEN + 8)  # 8 bits, and a step a row
 
@@ -116,6 +116,50 @@ def test_the_result_of_a_norm_is_made_again(affine, dtype):
     # In bfloat16 the mean of a row, and with it the middle of the sum, is rounded otherwise.
     assert_close(gradients(run, model, x), dense, rtol=1e-12 if dtype == torch.float64 else 2**-6)
     assert [(kind.kind, kind.tensors) for kind in backend.report().saved] == [("norm input", 1)]
+
+
+class Norms(nn.Module):
+    """Residual blocks, in which a row that is zero stays zero."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.norms = nn.ModuleList(norm(HIDDEN, eps=1e-6) for _ in range(3))
+        self.linears = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            h = h + linear(norm(h))
+        return h
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-2])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_small_rows_are_not_taken_for_the_mean(norm, size):
+    """A norm divides by what a row is: a zero row (padding, before a token with a label) is multiplied by
+    1,000, and a mean in its place would be as much too large."""
+    torch.manual_seed(0)
+    model = Norms(norm).double()
+    x = torch.randn(BATCH, 32, HIDDEN, dtype=torch.float64) + torch.randn(HIDDEN, dtype=torch.float64)
+    x[1, :2] *= size
+    x.requires_grad_()
+    dense = gradients(model, model, x)
+    run, _ = compiled(model, Schedule(saved_activations=PruneSaved(0.5)))
+    for name, gradient in gradients(run, model, x).items():
+        assert float(torch.cosine_similarity(gradient.flatten(), dense[name].flatten(), 0)) > 0.9, name
+        assert float(gradient.norm()) < 1.1 * float(dense[name].norm()), name
+
+
+def test_the_formula_holds_with_rows_that_are_small():
+    model, x = block(), batch(tokens=16).detach()
+    model.embed.bias.data.zero_()
+    x = x + torch.randn(HIDDEN, dtype=torch.float64)
+    x[0, 3:5], x[1, 7] = 0, 0.1 * x[1, 7]
+    x.requires_grad_()
+    expected = gradients(lambda x: model.pruned(x, 0.5, published=False, center=True), model, x)
+    run, _ = compiled(model, Schedule(saved_activations=PruneSaved(0.5)))
+    assert_close(gradients(run, model, x), expected)
 
 
 def test_means_are_not_taken_off_few_rows():

@@ -29,13 +29,16 @@ _CHUNK = 2**20
 _WEIGHTS = 0x0102040810204080  # moves the lowest bit of byte i of a 64-bit number to bit i of its top byte
 
 
-def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pack(
+    x: Tensor, samples: int, k: int, means: Tensor | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Keep the k entries of largest magnitude of every sample; of equal ones the first.
 
     Args:
         x: floating, of any shape, its entries sample by sample.
         samples: B.
         means: [G, I], taken off the rows of x first, where G is a multiple of B; or None.
+        rows: bool [G, R], of which rows; None is all.
 
     Returns:
         mask, uint8 [B, ceil(n / 8)], entry i of a sample in bit i % 8 of byte i // 8; and the kept values,
@@ -43,25 +46,30 @@ def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[
     """
     flat = x.reshape(samples, -1).contiguous()
     if flat.is_cuda:
-        return pack_by_sorting(centered(flat, means), k)
+        return pack_by_sorting(centered(flat, means, rows), k)
     masks, values = [], []
     at_once = max(1, _CHUNK // flat.shape[1])
     for start in range(0, samples, at_once):
         some = flat[start : start + at_once]
         if means is not None:
             each = len(means) // samples
-            some = centered(some, means[start * each : (start + at_once) * each])
+            of_some = slice(start * each, (start + at_once) * each)
+            some = centered(some, means[of_some], None if rows is None else rows[of_some])
         mask, chosen = _pack(some, k)
         masks.append(mask)
         values.append(chosen)
     return torch.cat(masks), torch.cat(values)
 
 
-def centered(x: Tensor, means: Tensor | None) -> Tensor:
-    """x, without ``means`` [G, I] if there are any: the first is that of the first rows of I entries."""
+def centered(x: Tensor, means: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """x, without ``means`` [G, I] if there are any: the first is that of the first rows of I entries. Where
+    ``rows`` [G, R] is False it is left as it is."""
     if means is None:
         return x
-    return (x.reshape(len(means), -1, means.shape[1]) - means.unsqueeze(1)).view(x.shape)
+    grouped = x.reshape(len(means), -1, means.shape[1])
+    if rows is None:
+        return (grouped - means.unsqueeze(1)).view(x.shape)
+    return torch.addcmul(grouped, means.unsqueeze(1), rows.unsqueeze(-1).to(x.dtype), value=-1).view(x.shape)
 
 
 def _pack(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

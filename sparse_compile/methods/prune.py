@@ -5,7 +5,8 @@
     x̂_b        x_b at its k entries of largest magnitude, zero elsewhere; of equal ones the first are kept
 
 With means, x̂ = μ + the same of x − μ, where μ is the mean over the tokens of the sample (of a head of it),
-for each feature. The published method has none. (Nor does it know the other two things in which
+for each feature, but for rows that are small beside it (:func:`rows_with_mean`). The published method has
+none. (Nor does it know the other two things in which
 ``PruneSaved`` differs by default: what reads a norm's result reads ``normed`` of the norm's x̂, and operands
 of fused attention are rounded as below.)
 
@@ -49,6 +50,33 @@ def prune(x: Tensor, samples: int, keep: float) -> Tensor:
     order = flat.abs().sort(dim=1, descending=True, stable=True).indices
     kept = order[:, : count(keep, flat.shape[1])]
     return torch.zeros_like(flat).scatter_(1, kept, flat.gather(1, kept)).view(x.shape)
+
+
+def rows_with_mean(x: Tensor, means: Tensor) -> Tensor:
+    """The rows of which the mean is taken off, and for whose dropped entries it stands in.
+
+    Not those that are smaller than half of it, or vary less over their features: zero rows of padding, say. A
+    norm's backward divides by what they are, and the mean in their place would be as much too large.
+
+    Args:
+        x: its rows [..., I] are those of the groups, one group after the other.
+        means: [G, I].
+
+    Returns:
+        bool [G, R].
+    """
+    rows = x.reshape(len(means), -1, means.shape[1])
+    size, spread = _size_and_spread(rows)
+    of_mean, spread_of_mean = _size_and_spread(means.unsqueeze(1))
+    return (size >= of_mean / 4) & (spread >= spread_of_mean / 4)
+
+
+def _size_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row, Σ x² and Σ (x − its mean)²."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    size = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).square()
+    mean = rows.mean(-1, dtype=dtype)
+    return size, (size - rows.shape[-1] * mean.square()).clamp_(min=0)
 
 
 def narrow(kept: Tensor, values: str) -> tuple[Tensor, Tensor]:

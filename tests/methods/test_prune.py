@@ -87,6 +87,31 @@ def test_means_are_taken_off_first(groups, monkeypatch):
     assert torch.equal(kernel.unpack(mask, kept, 9000), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_with_mean(dtype):
+    """Not small ones, nor those that are almost constant beside a mean that is not."""
+    x = torch.stack([inputs("normal", 2, 2000).view(2, 40, 50) + 3 * torch.randn(50)] * 2).view(4, 40, 50)
+    x[0, 3], x[1, 4], x[2, 5], x[3, 6] = 0, 0.1 * x[1, 4], 3, torch.nan
+    x = x.to(dtype)
+    means = x.mean(1)
+    rows = prune.rows_with_mean(x.view(2, 80, 50), means)
+    expected = torch.ones(4, 40, dtype=torch.bool)
+    expected[0, 3] = expected[1, 4] = expected[2, 5] = False
+    expected[3] = False  # its mean is no number
+    assert torch.equal(rows, expected)
+
+
+def test_means_are_not_taken_off_other_rows(monkeypatch):
+    monkeypatch.setattr(kernel, "_CHUNK", 3 * 9000)
+    x = inputs("normal", 4, 9000) + 5
+    rows = torch.rand(8, 90) > 0.3
+    means = x.view(8, 90, 50).mean(1)
+    mask, kept = kernel.pack(x, 4, 900, means, rows)
+    off = torch.where(rows.unsqueeze(-1), means.unsqueeze(1), 0)
+    wanted = prune.prune((x.view(8, 90, 50) - off).view(4, -1), 4, 0.1)
+    assert torch.equal(kernel.unpack(mask, kept, 9000), wanted)
+
+
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_what_is_not_finite_is_kept(value):
     """A loss that overflowed must give a gradient that shows it."""

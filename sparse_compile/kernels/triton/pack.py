@@ -151,9 +151,11 @@ def _unpack_bits(mask, bits, n, blocks, BLOCK: tl.constexpr):
     tl.store(bits + sample * n + first + at, flags.to(tl.int8), mask=at < n - first)
 
 
-def pack(x: Tensor, samples: int, k: int, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pack(
+    x: Tensor, samples: int, k: int, means: Tensor | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As :func:`kernels.pack.pack`, for dtypes in ``FORMATS``."""
-    flat = centered(x, means).reshape(samples, -1).contiguous()
+    flat = centered(x, means, rows).reshape(samples, -1).contiguous()
     n = flat.shape[1]
     threshold, room = kth_largest(flat, k)
     form = FORMATS[x.dtype]
