@@ -124,6 +124,8 @@ class SparseBackend:
             patches=compilers.patches(mode, options),
             device=next(filter(on_device.available, devices), None),
         )
+        if request.linears and (place := naming.graph_break(gm)):
+            self._runtime.graph_breaks[place] = None
         captured = Captured.of(gm) if self._carries(request) else None
         compiled = self._compile(gm, example_inputs, request, owner, carries=captured is not None)
         variants = None if captured is None else Variants(compiled)
@@ -310,9 +312,8 @@ class SparseBackend:
         if self.schedule.blocks is None:
             return []
         root, path = None if owner.root is None else owner.root(), owner.path
-        reason = getattr(gm, "compile_subgraph_reason", None)  # the parts that DDP makes of a graph have none
         frame = None
-        if root is not None and path and reason is not None and not reason.graph_break:
+        if root is not None and path and naming.graph_break(gm) == "":
             named = {naming.clean(name): module for name, module in root.named_modules()}
             if path in named:
                 frame = passes.Block(path, naming.class_name(type(named[path])))

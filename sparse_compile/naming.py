@@ -17,6 +17,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ END_OF_BLOCK = " (end)"
 # model may use too: it counts as a wrapper's only at the top, where it is the only child (`unwrap`).
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What Dynamo adds, where it says how a wrapper or a module gets at what it holds.
-_ATTRIBUTES = {"__dict__", "_modules", "_parameters"}
+_ATTRIBUTES = {"__dict__", "__self__", "_modules", "_parameters"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,6 +135,16 @@ def find_parameters(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) 
         NamedInput(p, f"{variable}.{name}" if several and variable != "self" else name)
         for p, variable, name in found
     ]
+
+
+def graph_break(gm: torch.fx.GraphModule) -> str | None:
+    """Where Dynamo broke the frame whose first part this graph is, as in "file.py:12"; empty if it did not.
+    None where it is not known: of the parts that DDP makes of a graph."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None if reason is None else ""
+    place = reason.user_stack[-1] if reason.user_stack else None
+    return "a place unknown" if place is None else f"{Path(place.filename).name}:{place.lineno}"
 
 
 def _frames() -> Iterator[types.FrameType]:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 LEGEND = """
 keep: share of the rows (or entries) of the output gradient that the method computes. unneeded: rows of the
-forward that no output depends on, and that were left out. zero: rows of the output gradient that were zero,
-and left out. FLOPs: of matrix products, in the mean of all steps so far.
+forward that no output depends on, and that were left out. zero: rows of the output gradient that were zero
+(also since a sample or a row was dropped before), and left out. FLOPs: of matrix products, in the mean of all
+steps so far, those that measure too.
 """.strip()
 
 
@@ -124,7 +125,7 @@ class Report:
         measurements: what a monitor found: how far approximate gradients are from the dense ones, with
             ``to_csv(path)`` and ``to_frame()``. Empty without a monitor.
         cuda_graphs: on a GPU, whether our ops are part of CUDA graphs, or why not; else empty.
-        note: what keeps the schedule from going on; empty if nothing does.
+        note: what keeps the schedule from doing what it says, in lines; empty if nothing does.
     """
 
     step: int
@@ -208,10 +209,13 @@ class Report:
 
     def _end(self) -> str:
         carried = sum(site.carried for site in self.sites)
+        unneeded = carried or any(site.rows_unneeded for site in self.sites)
         return "".join(
             (
-                f"; s = {self.history[-1]['s']:.2f}" if self.history else "",
-                f"; {carried} linears hand on needed rows only" if carried else "",
+                f"; s = {self.history[-1]['s']:.2f}, what samples keep of the gradient's norm"
+                if self.history
+                else "",
+                f"; {carried or 'no'} linears hand on needed rows only" if unneeded else "",
                 f"; {self.cuda_graphs}" if self.cuda_graphs else "",
                 f"\n{self.note}" if self.note else "",
             )
@@ -286,8 +290,29 @@ def make_report(schedule: Schedule, runtime: Runtime) -> Report:
         saved=saved,
         measurements=Measurements() if runtime.telemetry is None else runtime.telemetry.measurements(),
         cuda_graphs=runtime.cuda_graphs,
-        note=runtime.clock.note,
+        note="\n".join(filter(None, (runtime.clock.note, *_notes(schedule, runtime)))),
     )
+
+
+def _notes(schedule: Schedule, runtime: Runtime) -> Iterator[str]:
+    """What users do not see in a table of layers."""
+    if runtime.graph_breaks and schedule.skips_unneeded:
+        yield (
+            f"Dynamo broke the graph at {', '.join(runtime.graph_breaks)}. What one part hands to the next "
+            "counts as needed, so that fewer rows of the forward are left out, or none; "
+            "TORCH_LOGS=graph_breaks says why."
+        )
+    kinds = {record.kind for records in runtime.records.values() for record in records}
+    if schedule.blocks is not None and kinds and "block" not in kinds:
+        yield (
+            "No blocks were found, so that no samples are dropped: where= of Schedule.blocks takes a class "
+            "name or a pattern of paths."
+        )
+    if schedule.saved_activations is not None and not schedule.saved_activations.exact:
+        yield (
+            "What the backward reads of activations is pruned, so that gradients are approximate also where "
+            "the method is exact."
+        )
 
 
 def _never_compiled(runtime: Runtime) -> tuple[SiteReport, ...]:
@@ -305,7 +330,7 @@ def _never_compiled(runtime: Runtime) -> tuple[SiteReport, ...]:
         )
         for root, suffix in runtime.models()
         for name, module in root.named_modules()
-        if isinstance(module, nn.Linear) and naming.clean(name) + suffix not in runtime.records
+        if isinstance(module, nn.Linear) and (naming.clean(name) or "weight") + suffix not in runtime.records
     )
 
 

@@ -81,6 +81,7 @@ class Runtime:
         self.telemetry = None if monitor is None else Telemetry(monitor.every, self.clock)
         method = schedule.weight_gradients
         self.rotation = None if method is None else Rotation(method, str(seed), lambda: self.clock.step)
+        self.graph_breaks: dict[str, None] = {}  # where Dynamo broke graphs that have linears
         self.cuda_graphs = ""  # on a GPU, whether ops are part of them
         self.sites: dict[str, Site] = {}
         self.records: dict[str, list[SiteRecord]] = {}

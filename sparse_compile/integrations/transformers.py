@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from sparse_compile.backend import SparseBackend
+from sparse_compile.checks import wrong
 
 STATE_FILE = "sparse_compile.pt"
 
@@ -37,6 +38,8 @@ class SparseCompileCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, backend: SparseBackend) -> None:
+        if not isinstance(backend, SparseBackend):
+            raise wrong("backend", backend, "what sparse_backend(schedule) gives")
         self.backend = backend
 
     @classmethod
