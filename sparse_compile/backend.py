@@ -327,7 +327,7 @@ class SparseBackend:
             return []
         chosen = selection.chosen_layers(root, method)
         layers = sorted({naming.layer_of(name) for name in parameters})
-        names = {layer: owner.full_name(layer) for layer in layers}
+        names = {layer: owner.layer(layer) for layer in layers}
         return [layer for layer, name in names.items() if name in chosen and not self._left_out(name, root)]
 
     def _left_out(self, name: str, root: nn.Module) -> bool:

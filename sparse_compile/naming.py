@@ -63,6 +63,10 @@ class Owner:
         """Of the frame's own module in the root."""
         return dict(self.moved).get("", "")
 
+    def layer(self, name: str) -> str:
+        """The name in the root of a layer. In the frame of a linear itself that is its weight's."""
+        return layer_of(self.full_name(name))
+
     def full_name(self, name: str) -> str:
         """The name in the root of what is called ``name`` in the frame."""
         for old, new in self.moved:

@@ -179,8 +179,8 @@ class Runtime:
         """The records of a graph under their full names, kept for the report; of a layer's graphs the newest
         one's, or that which ran last."""
         suffix = f"@{self._copy(owner)}" if self._copy(owner) else ""
-        records = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in records]
-        saved = [dataclasses.replace(r, name=owner.full_name(r.name) + suffix) for r in saved]
+        records = [dataclasses.replace(r, name=owner.layer(r.name) + suffix) for r in records]
+        saved = [dataclasses.replace(r, name=owner.layer(r.name) + suffix) for r in saved]
         self._show(records)
         for name in dict.fromkeys(record.name for record in saved):
             self.saved[name] = [record for record in saved if record.name == name]

@@ -115,6 +115,17 @@ def test_module_that_is_held_twice() -> None:
     assert [site.name for site in backend.report().sites if site.rewritten] == ["head"]
 
 
+def test_linears_that_are_compiled_one_by_one() -> None:
+    """Their frames have a weight, and no layer."""
+    backend = make_backend(Schedule(linear=Reuse(0.5), exclude="2"))
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32))
+    layers = [torch.compile(layer, backend=backend) for layer in model]
+    wrapped = nn.Sequential(*layers)
+    wrapped(torch.randn(64, 16)).square().sum().backward()
+    assert names(backend) == ["0", "2"]
+    assert [site.rewritten for site in backend.report().sites] == [True, False]
+
+
 # The parts
 
 
