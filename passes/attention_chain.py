@@ -13,6 +13,9 @@ dropped: A' = M ∘ A holds for whatever M was, so that
 
     dS = (A' ∘ dA' − A ∘ rowsum(A' ∘ dA')) · s.
 
+Where scores are filled with a finite number (``masked_fill(mask, -1e9)``), rows of which all is filled have a
+softmax and no dS: for these the op gets zeros as Q, and zeros are in the place of their dQ.
+
 That this *is* the chain's backward is read off the forward, step by step (:func:`_climb`). And it must be all
 of it: nothing else may flow into dA' … dS, or out of it, and no op may stand there that autograd does not put
 there. A learned position bias, say, reads dS too, and is left alone.
@@ -24,6 +27,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from sparse_compile.passes import graph as g
@@ -46,6 +50,9 @@ _SAME = {
 }
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDE = (aten.div.Tensor, aten.div.Scalar)
+
+# Numbers up to this, where scores are filled with them, have no probability beside a key that is not filled.
+_LEAST_SCORE = -1e4
 
 # What may stand between dA' and dS: the backward of all these, with and without Inductor's decompositions.
 _BACKWARD = {
@@ -80,6 +87,7 @@ class Chain:
         scale: s.
         heads: of one sample.
         first: the backward product that comes first in the graph.
+        fills: the steps that fill scores, if one of them does so with a finite number.
     """
 
     scores: Node
@@ -91,6 +99,36 @@ class Chain:
     scale: float
     heads: int
     first: Node
+    fills: tuple[Fill, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fill:
+    """A step that fills scores with a number: where a condition ``holds``, or does not."""
+
+    step: Node
+    condition: Node
+    holds: bool
+    number: float
+
+    @classmethod
+    def of(cls, step: Node, source: Node) -> Fill | None:
+        """None if this is no such step; ``source`` is what it fills."""
+        if step.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            condition, holds, filling = step.args[1], True, step.args[2]
+        elif step.target is aten.where.self:
+            condition, holds = step.args[0], step.args[2] is source
+            filling = step.args[1] if holds else step.args[2]
+        else:
+            return None
+        numbers = [filling] if not isinstance(filling, Node) else [x for x in filling.args if _is_number(x)]
+        if len(numbers) != 1 or not isinstance(condition, Node):
+            return None
+        return cls(step, condition, holds, float(numbers[0]))  # type: ignore[arg-type]
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def find_chains(graph: Graph) -> Iterator[tuple[Node, Node]]:
@@ -124,8 +162,21 @@ def match_chain(scores: Node, out: Node) -> Chain:
     scale = math.prod(factor for _, factor in before)
     shapes = [g.shape_of(step) for step, _ in before if len(g.shape_of(step)) == 4]
     heads = next((shape[1] for shape in reversed(shapes) if isinstance(shape[1], int)), 1)
+    fills = fills_among([step for step, _ in before], scores)
+    if all(fill.number == -math.inf for fill in fills):
+        fills = ()
+    elif any(step.target is aten.add.Tensor for step, _ in before):
+        raise NoMatch("its scores are filled with a finite number, and something is added to them")
     do, gradients, first = _match_backward(scores, out)
-    return Chain(scores, out, dropped, probabilities if changed else None, do, gradients, scale, heads, first)
+    kept = probabilities if changed else None
+    return Chain(scores, out, dropped, kept, do, gradients, scale, heads, first, fills)
+
+
+def fills_among(steps: list[Node], scores: Node) -> tuple[Fill, ...]:
+    """Those of the steps from the scores to the softmax that fill, the last step first."""
+    sources = [*steps[1:], scores]
+    found = (Fill.of(step, source) for step, source in zip(steps, sources, strict=True))
+    return tuple(fill for fill in found if fill is not None)
 
 
 def steps_between(scores: Node, out: Node) -> tuple[list[Node], Node, list[tuple[Node, float]]]:
@@ -144,16 +195,20 @@ def steps_between(scores: Node, out: Node) -> tuple[list[Node], Node, list[tuple
     probabilities, node = node, x
     if not g.same_size(g.shape_of(node)[-1], g.shape_of(scores)[-1]):
         raise NoMatch("its softmax is not over its keys")
+    scale = 1.0
     while node is not scores:
-        source, factor = _climb(node, between, scores, probabilities=False)
+        source, factor = _climb(node, between, scores, probabilities=False, scale=scale)
         before.append((node, factor))
-        node = source
+        node, scale = source, scale * factor
     return after, probabilities, before
 
 
-def _climb(node: Node, between: set[Node], scores: Node, *, probabilities: bool) -> tuple[Node, float]:
+def _climb(
+    node: Node, between: set[Node], scores: Node, *, probabilities: bool, scale: float = 1.0
+) -> tuple[Node, float]:
     """One step of the forward back towards the scores: the operand that comes from them, and by what the step
-    multiplies it. ``probabilities`` says that this is after the softmax, where any factor will do."""
+    multiplies it. ``probabilities`` says that this is after the softmax, where any factor will do; ``scale``
+    is by what the steps up to the softmax multiply."""
     sources = [source for source in node.all_input_nodes if source in between or source is scores]
     target = node.target
     if len(sources) != 1:
@@ -171,7 +226,8 @@ def _climb(node: Node, between: set[Node], scores: Node, *, probabilities: bool)
         return source, node.args[1] if target in _MULTIPLY else 1 / node.args[1]
     if not probabilities and target is aten.add.Tensor:
         return source, 1.0
-    if not probabilities and _fills_with_minus_infinity(node, source):
+    fill = None if probabilities else Fill.of(node, source)
+    if fill is not None and fill.number * scale <= _LEAST_SCORE:
         return source, 1.0
     raise NoMatch(f"the op {target} stands between its products")
 
@@ -187,20 +243,6 @@ def _moves_nothing(permute: Node) -> bool:
     dims = [dim % len(shape) for dim in permute.args[1]]  # type: ignore[operator, union-attr]
     dims = [dim for dim in dims if not g.same_size(shape[dim], 1)]
     return dims == sorted(dims)
-
-
-def _fills_with_minus_infinity(node: Node, source: Node) -> bool:
-    """Whether a step masks scores. (With a finite number a row of which all is masked has a softmax, and its
-    scores have no gradient; that would have to be known.)"""
-    if node.target is aten.masked_fill.Scalar:
-        return node.args[2] == -math.inf
-    if node.target in (aten.where.self, aten.masked_fill.Tensor):
-        other = (
-            node.args[2] if node.target is aten.masked_fill.Tensor or node.args[1] is source else node.args[1]
-        )
-        values = [arg for arg in other.args if isinstance(arg, float)] if isinstance(other, Node) else []
-        return values == [-math.inf]
-    return False
 
 
 def _softmax_input(node: Node) -> Node | None:
@@ -312,8 +354,19 @@ def rewrite_chain(graph: Graph, chain: Chain, *, token: Node) -> Node:
     """Replace the backward products of a chain by one ``attention_backward`` op, and return it."""
     q, kt = g.operands(chain.scores)
     v = g.operands(chain.out)[1]
-    tensors = (chain.do, chain.dropped, chain.probabilities, v, q, kt)
+    filled = _filled_rows(graph, chain, q) if chain.fills else None
+
+    def without_filled(rows: Node, like: Node) -> Node:
+        if filled is None:
+            return rows
+        value = rows.meta["val"]
+        zero = g.call(
+            graph, aten.scalar_tensor.default, 0.0, like=like, dtype=value.dtype, device=value.device
+        )
+        return g.call(graph, aten.where.self, filled, zero, rows, like=like)
+
     with graph.inserting_before(chain.first):
+        tensors = (chain.do, chain.dropped, chain.probabilities, v, without_filled(q, chain.first), kt)
         gradients = g.call(
             graph,
             torch.ops.sparse_compile.attention_backward.default,
@@ -324,9 +377,29 @@ def rewrite_chain(graph: Graph, chain: Chain, *, token: Node) -> Node:
         if product is not None:
             with graph.inserting_before(product):
                 gradient = g.call(graph, operator.getitem, gradients, position, like=product)
+                if position == 0:
+                    gradient = without_filled(gradient, product)
             product.replace_all_uses_with(gradient)
             _erase_unused(product)
     return gradients
+
+
+def _filled_rows(graph: Graph, chain: Chain, q: Node) -> Node:
+    """Which rows of queries see no key that is not filled: bool [N, T, 1]."""
+    step = chain.fills[0].step
+
+    def call(target: Any, *args: Any) -> Node:
+        return g.call(graph, target, *args, like=chain.scores)
+
+    with graph.inserting_before(chain.out):
+        seen: Node | None = None
+        for fill in chain.fills:
+            open_ = call(aten.logical_not.default, fill.condition) if fill.holds else fill.condition
+            seen = open_ if seen is None else call(aten.logical_and.default, seen, open_)
+        blind = call(aten.logical_not.default, call(aten.any.dim, seen, -1, True))
+        leading = [g.size(graph, step, dim) for dim in range(len(g.shape_of(step)) - 1)]
+        rows = call(aten.expand.default, blind, [*leading, 1])
+        return call(aten.reshape.default, rows, [g.size(graph, q, 0), g.size(graph, q, 1), 1])
 
 
 def _erase_unused(node: Node) -> None:

@@ -81,14 +81,11 @@ def _is_for_backward(node: Node) -> bool:
 
 
 def _chain(scores: Node, out: Node, steps: list[Node]) -> Chain:
-    biases, filled = [], []
+    biases = []
+    filled = ((fill.condition, fill.holds) for fill in attention_chain.fills_among(steps, scores))
     for step in steps:
         if step.target is aten.add.Tensor:
             biases += [x for x in step.all_input_nodes if x not in (*steps, scores)]
-        elif step.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-            filled.append((step.args[1], True))
-        elif step.target is aten.where.self:
-            filled.append((step.args[0], step.args[2] in (*steps, scores)))
     shapes = [g.shape_of(step) for step in steps if len(g.shape_of(step)) == 4]
     n, t, u = g.shape_of(scores)
     return Chain(scores, out, tuple(shapes[0]) if shapes else (n, 1, t, u), tuple(biases), tuple(filled))  # type: ignore[arg-type]

@@ -151,6 +151,9 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+# Of every head some keys are masked; of the first sample all, and of the second all for a few queries.
+SOME = torch.zeros(SAMPLES, 1, TOKENS, TOKENS, dtype=torch.bool)
+SOME[..., -2:], SOME[0], SOME[1, :, 1:3] = True, True, True
 CHAINS: dict[str, Any] = {
     "scaled": lambda q, k, v: (scores(q, k) * 0.5).softmax(-1) @ v,
     "divided": lambda q, k, v: (scores(q, k) / 3).softmax(-1) @ v,
@@ -159,6 +162,15 @@ CHAINS: dict[str, Any] = {
     "scaled after the mask": lambda q, k, v: ((scores(q, k) * 2 + torch.arange(TOKENS)) / 8).softmax(-1) @ v,
     "filled": lambda q, k, v: scores(q, k).masked_fill(~CAUSAL, -torch.inf).softmax(-1) @ v,
     "where": lambda q, k, v: torch.where(CAUSAL, scores(q, k), -torch.inf).softmax(-1) @ v,
+    "filled with a number": lambda q, k, v: scores(q, k).masked_fill(~CAUSAL, -1e9).softmax(-1) @ v,
+    "where with a number": lambda q, k, v: (torch.where(CAUSAL, scores(q, k), -1e9) / 8).softmax(-1) @ v,
+    "filled in all of a row": lambda q, k, v: scores(q, k).masked_fill(SOME, -1e9).softmax(-1) @ v,
+    "filled twice": lambda q, k, v: (
+        scores(q, k).masked_fill(SOME, -1e9).masked_fill(~CAUSAL, -torch.inf).softmax(-1) @ v
+    ),
+    "filled and dropped": lambda q, k, v: (
+        F.dropout(torch.where(SOME, -1e9, scores(q, k)).softmax(-1), 1e-12) @ v
+    ),
     "softmax in float32": lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.float32).to(DOUBLE) @ v,
     "dropped": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 1e-12) @ v,
     "weighted": lambda q, k, v: (scores(q, k).softmax(-1) * torch.arange(TOKENS)) @ v,
@@ -178,7 +190,9 @@ def test_chain(name: str, decompositions: Any) -> None:
     assert found.backward_products == 0
     (op,) = found.attention_ops.values()
     assert op.args[-1] == (1 if "three" in name else HEADS)
-    assert (op.args[4] is not None) == (name in ("softmax in float32", "dropped", "weighted"))
+    assert (op.args[4] is not None) == (
+        name in ("softmax in float32", "dropped", "filled and dropped", "weighted")
+    )
 
 
 @DECOMPOSITIONS
@@ -204,7 +218,12 @@ OTHER_USE = "the gradient of its scores or probabilities is used for something e
     ("core", "reason"),
     [
         (lambda q, k, v: scores(q, k).tanh().softmax(-1) @ v, "the op aten.tanh.default stands between"),
-        (lambda q, k, v: scores(q, k).masked_fill(~CAUSAL, -1e9).softmax(-1) @ v, FINITE),
+        (lambda q, k, v: scores(q, k).masked_fill(~CAUSAL, -100.0).softmax(-1) @ v, FINITE),
+        (lambda q, k, v: (scores(q, k).masked_fill(~CAUSAL, -1e5) / 64).softmax(-1) @ v, FINITE),
+        (
+            lambda q, k, v: (scores(q, k).masked_fill(SOME, -1e9) + torch.arange(TOKENS)).softmax(-1) @ v,
+            "filled with a finite number, and something is added",
+        ),
         (lambda q, k, v: (scores(q, k) + q[..., :1] * 2).softmax(-1) @ v, OTHER_USE),
         (lambda q, k, v: (scores(q, k) * q.sum()).softmax(-1) @ v, "the op aten.mul.Tensor stands between"),
         (lambda q, k, v: (a := scores(q, k).softmax(-1)) @ v + a.square().sum(-1, True), ELSEWHERE),
