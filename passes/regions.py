@@ -59,9 +59,11 @@ def inline_regions(gm: GraphModule, parameters: Mapping[int, str]) -> None:
 
 
 def bodies(node: Node, gm: GraphModule) -> list[GraphModule]:
-    """The graphs that an op of a Dynamo graph runs, such as a checkpoint, a branch or a loop."""
+    """The graphs that an op of a Dynamo graph runs in its forward: a checkpoint, a branch or a loop, say."""
     given = (each for each in node.args if isinstance(each, Node) and each.op == "get_attr")
-    return [body for each in given if isinstance(body := getattr(gm, str(each.target), None), GraphModule)]
+    found = [body for each in given if isinstance(body := getattr(gm, str(each.target), None), GraphModule)]
+    # The second one of an `autograd.Function` is its backward.
+    return found[:1] if str(node.target) == "autograd_function_apply" else found
 
 
 def names_within(body: GraphModule, node: Node, names: Mapping[Node, str]) -> dict[Node, str]:

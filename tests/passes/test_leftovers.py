@@ -110,13 +110,14 @@ def test_ops_whose_names_only_contain_mm_or_linear_are_not_taken_for_products() 
     assert trace(model, value(5, 6)).records == []
 
 
-def test_linears_called() -> None:
-    class Called(Tracer):
-        def __call__(self, gm: Any, inputs: Any) -> Any:
-            names = {parameter.position: parameter.name for parameter in naming.find_parameters(gm, inputs)}
-            self.called = list(passes.linears_called(gm, names))
-            return super().__call__(gm, inputs)
+class Called(Tracer):
+    def __call__(self, gm: Any, inputs: Any) -> Any:
+        names = {parameter.position: parameter.name for parameter in naming.find_parameters(gm, inputs)}
+        self.called = list(passes.linears_called(gm, names))
+        return super().__call__(gm, inputs)
 
+
+def test_linears_called() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return F.linear(m.b(checkpoint(m.a, x, use_reentrant=False)), m.proj)
 
@@ -125,3 +126,22 @@ def test_linears_called() -> None:
     torch.compile(model, backend=tracer)(value(5, 6))
     within = "tag_activation_checkpoint"
     assert tracer.called == [CalledLinear("a", within), CalledLinear("b"), CalledLinear("proj")]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_linears_of_a_backward_are_not_called() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return F.linear(x, w)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            x, w = ctx.saved_tensors
+            return F.linear(dy, w.t()), F.linear(dy.t(), x.t())
+
+    tracer = Called()
+    model = Model(lambda m, x: m.a(Product.apply(x, m.w)), a=layer(4, 4), w=value(4, 6))
+    torch.compile(model, backend=tracer)(value(5, 6))
+    assert tracer.called == [CalledLinear("w", "autograd_function_apply"), CalledLinear("a")]
