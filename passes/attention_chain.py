@@ -174,7 +174,7 @@ def match_chain(scores: Node, out: Node) -> Chain:
 
 def fills_among(steps: list[Node], scores: Node) -> tuple[Fill, ...]:
     """Those of the steps from the scores to the softmax that fill, the last step first."""
-    sources = [*steps[1:], scores]
+    sources = [*steps, scores][1:]
     found = (Fill.of(step, source) for step, source in zip(steps, sources, strict=True))
     return tuple(fill for fill in found if fill is not None)
 

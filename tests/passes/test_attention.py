@@ -155,6 +155,7 @@ CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
 SOME = torch.zeros(SAMPLES, 1, TOKENS, TOKENS, dtype=torch.bool)
 SOME[..., -2:], SOME[0], SOME[1, :, 1:3] = True, True, True
 CHAINS: dict[str, Any] = {
+    "plain": lambda q, k, v: scores(q, k).softmax(-1) @ v,
     "scaled": lambda q, k, v: (scores(q, k) * 0.5).softmax(-1) @ v,
     "divided": lambda q, k, v: (scores(q, k) / 3).softmax(-1) @ v,
     "scaled queries": lambda q, k, v: scores(q * 0.5, k).softmax(-1) @ v,
