@@ -115,6 +115,30 @@ def test_module_that_is_held_twice() -> None:
     assert [site.name for site in backend.report().sites if site.rewritten] == ["head"]
 
 
+class Scaled(nn.Module):
+    """Its first parameter may be another one's, too."""
+
+    def __init__(self, scale: nn.Parameter) -> None:
+        super().__init__()
+        self.scale, self.linear = scale, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.scale)
+
+
+def test_layers_of_one_graph_that_share_its_first_parameter() -> None:
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager", debug=True)
+    scale = nn.Parameter(torch.ones(16))
+    model = nn.Sequential(*(Scaled(scale) for _ in range(3)))
+    for layer in model:
+        layer.compile(backend=backend)
+    model(torch.randn(6, 8, 16, requires_grad=True)).sum().backward()
+    assert [(site.name, site.calls) for site in backend.report().sites] == [
+        (f"{i}.linear", 1) for i in range(3)
+    ]
+    assert len(backend.graphs) == 1
+
+
 def test_linears_that_are_compiled_one_by_one() -> None:
     """Their frames have a weight, and no layer."""
     backend = make_backend(Schedule(linear=Reuse(0.5), exclude="2"))
@@ -172,6 +196,14 @@ def test_of_several_names_that_of_the_others_place_is_meant() -> None:
     swapped = {"x.y.weight": root.a.weight, "z.y.weight": root.b.weight, "y.bias": root.b.bias}
     owner = owner_of(root, swapped)
     assert [owner.full_name(name) for name in ("x.y", "z.y", "y")] == ["one.a", "one.b", "one.b"]
+
+
+def test_modules_of_one_frame_from_two_places() -> None:
+    root: Any = nn.Module()
+    root.a, root.b = nn.ModuleDict({"p": nn.Linear(2, 2)}), nn.ModuleDict({"q": nn.Linear(2, 2)})
+    p, q = root.a["p"], root.b["q"]
+    owner = owner_of(root, {"p.weight": p.weight, "p.bias": p.bias, "q.weight": q.weight})
+    assert [owner.full_name(name) for name in ("p", "q")] == ["one.a.p", "one.b.q"]
 
 
 def test_without_common_end() -> None:
