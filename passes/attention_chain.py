@@ -27,10 +27,10 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.fills import LEAST_SCORE, Fill, filled_rows, fills_among
 from sparse_compile.passes.linear import NO_SITE, NoMatch
 from torch.fx import Graph, Node
 
@@ -50,9 +50,6 @@ _SAME = {
 }
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDE = (aten.div.Tensor, aten.div.Scalar)
-
-# Numbers up to this, where scores are filled with them, have no probability beside a key that is not filled.
-_LEAST_SCORE = -1e4
 
 # What may stand between dA' and dS: the backward of all these, with and without Inductor's decompositions.
 _BACKWARD = {
@@ -102,35 +99,6 @@ class Chain:
     fills: tuple[Fill, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fill:
-    """A step that fills scores with a number: where a condition ``holds``, or does not."""
-
-    step: Node
-    condition: Node
-    holds: bool
-    number: float
-
-    @classmethod
-    def of(cls, step: Node, source: Node) -> Fill | None:
-        """None if this is no such step; ``source`` is what it fills."""
-        if step.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-            condition, holds, filling = step.args[1], True, step.args[2]
-        elif step.target is aten.where.self:
-            condition, holds = step.args[0], step.args[2] is source
-            filling = step.args[1] if holds else step.args[2]
-        else:
-            return None
-        numbers = [filling] if not isinstance(filling, Node) else [x for x in filling.args if _is_number(x)]
-        if len(numbers) != 1 or not isinstance(condition, Node):
-            return None
-        return cls(step, condition, holds, float(numbers[0]))  # type: ignore[arg-type]
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
 def find_chains(graph: Graph) -> Iterator[tuple[Node, Node]]:
     """The pairs of batched forward products with a softmax between them."""
     for scores in list(g.products(graph, backward=False)):
@@ -170,13 +138,6 @@ def match_chain(scores: Node, out: Node) -> Chain:
     do, gradients, first = _match_backward(scores, out)
     kept = probabilities if changed else None
     return Chain(scores, out, dropped, kept, do, gradients, scale, heads, first, fills)
-
-
-def fills_among(steps: list[Node], scores: Node) -> tuple[Fill, ...]:
-    """Those of the steps from the scores to the softmax that fill, the last step first."""
-    sources = [*steps, scores][1:]
-    found = (Fill.of(step, source) for step, source in zip(steps, sources, strict=True))
-    return tuple(fill for fill in found if fill is not None)
 
 
 def steps_between(scores: Node, out: Node) -> tuple[list[Node], Node, list[tuple[Node, float]]]:
@@ -227,7 +188,7 @@ def _climb(
     if not probabilities and target is aten.add.Tensor:
         return source, 1.0
     fill = None if probabilities else Fill.of(node, source)
-    if fill is not None and fill.number * scale <= _LEAST_SCORE:
+    if fill is not None and fill.number * scale <= LEAST_SCORE:
         return source, 1.0
     raise NoMatch(f"the op {target} stands between its products")
 
@@ -354,7 +315,7 @@ def rewrite_chain(graph: Graph, chain: Chain, *, token: Node) -> Node:
     """Replace the backward products of a chain by one ``attention_backward`` op, and return it."""
     q, kt = g.operands(chain.scores)
     v = g.operands(chain.out)[1]
-    filled = _filled_rows(graph, chain, q) if chain.fills else None
+    filled = filled_rows(graph, chain.fills, q, before=chain.out) if chain.fills else None
 
     def without_filled(rows: Node, like: Node) -> Node:
         if filled is None:
@@ -382,24 +343,6 @@ def rewrite_chain(graph: Graph, chain: Chain, *, token: Node) -> Node:
             product.replace_all_uses_with(gradient)
             _erase_unused(product)
     return gradients
-
-
-def _filled_rows(graph: Graph, chain: Chain, q: Node) -> Node:
-    """Which rows of queries see no key that is not filled: bool [N, T, 1]."""
-    step = chain.fills[0].step
-
-    def call(target: Any, *args: Any) -> Node:
-        return g.call(graph, target, *args, like=chain.scores)
-
-    with graph.inserting_before(chain.out):
-        seen: Node | None = None
-        for fill in chain.fills:
-            open_ = call(aten.logical_not.default, fill.condition) if fill.holds else fill.condition
-            seen = open_ if seen is None else call(aten.logical_and.default, seen, open_)
-        blind = call(aten.logical_not.default, call(aten.any.dim, seen, -1, True))
-        leading = [g.size(graph, step, dim) for dim in range(len(g.shape_of(step)) - 1)]
-        rows = call(aten.expand.default, blind, [*leading, 1])
-        return call(aten.reshape.default, rows, [g.size(graph, q, 0), g.size(graph, q, 1), 1])
 
 
 def _erase_unused(node: Node) -> None:

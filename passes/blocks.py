@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from sparse_compile.passes import graph as g
 from sparse_compile.passes.linear import NO_SITE
-from sparse_compile.passes.regions import bodies
+from sparse_compile.passes.regions import all_nodes, bodies
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -62,7 +62,7 @@ def mark_blocks(gm: GraphModule, where: str | None = None, frame: Block | None =
         return _mark_results(gm)
     # What a block computes in its own forward (a residual sum, say) is in no module below it; so which
     # modules hold others is asked of the whole graph.
-    holders = {path for node in _all_nodes(gm) for path, _ in _modules_of(node)[:-1]}
+    holders = {path for node in all_nodes(gm) for path, _ in _modules_of(node)[:-1]}
     blocks = {n: block for n in gm.graph.nodes if (block := _block_of(n, gm, where, holders)) is not None}
     ends: dict[Node, Block] = {}
     for node, block in blocks.items():
@@ -113,13 +113,6 @@ def _modules_of(node: Node) -> list[tuple[str, str]]:
         (g.clean_path(path), naming.class_name(kind))
         for path, kind in (node.meta.get("nn_module_stack") or {}).values()
     ]
-
-
-def _all_nodes(gm: GraphModule) -> Iterator[Node]:
-    """Those of checkpoints in it, too."""
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            yield from module.graph.nodes
 
 
 def _made_by(node: Node, gm: GraphModule) -> Node:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from sparse_compile.passes import graph as g
 from torch.fx import GraphModule, Node, map_arg
 
-from sparse_compile.naming import without_common_end
+from sparse_compile import naming
 
 _CALL = torch.ops.higher_order.invoke_subgraph
 
@@ -42,7 +42,7 @@ class _Region:
     def renamed(self, other: _Region) -> dict[str, str]:
         """Paths of modules as Dynamo has them in the body, and what they are in another call."""
         pairs = [(self.path, other.path), *zip(self.operands, other.operands, strict=True)]
-        ends = [without_common_end(a, b) for a, b in pairs if a and b and a != b]
+        ends = [naming.without_common_end(a, b) for a, b in pairs if a and b and a != b]
         return {old: new for old, new in ends if old}
 
 
@@ -56,6 +56,13 @@ def inline_regions(gm: GraphModule, parameters: Mapping[int, str]) -> None:
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
     _inline(gm, {node: parameters[position] for position, node in inputs if position in parameters}, {})
+
+
+def all_nodes(gm: GraphModule) -> Iterator[Node]:
+    """The nodes of a Dynamo graph, and those of checkpoints and the like in it."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
 def bodies(node: Node, gm: GraphModule) -> list[GraphModule]:
@@ -105,9 +112,8 @@ def _write_out(gm: GraphModule, call: Node, body: GraphModule, renamed: Mapping[
             if node.op == "get_attr":  # what a checkpoint in it runs, whose modules have names, too
                 copy.target = f"{call.name}_{node.target}"
                 value = deepcopy(getattr(body, str(node.target)))
-                for module in value.modules() if isinstance(value, GraphModule) else ():
-                    for inner in module.graph.nodes if isinstance(module, GraphModule) else ():
-                        _rename_modules(inner, renamed)
+                for inner in all_nodes(value) if isinstance(value, GraphModule) else ():
+                    _rename_modules(inner, renamed)
                 setattr(gm, copy.target, value)
             _rename_modules(copy, renamed)
             copies[node] = copy
@@ -124,15 +130,8 @@ def _write_out(gm: GraphModule, call: Node, body: GraphModule, renamed: Mapping[
 
 def _rename_modules(node: Node, renamed: Mapping[str, str]) -> None:
     stack = node.meta.get("nn_module_stack")
-    if not stack or not renamed:
-        return
-    node.meta["nn_module_stack"] = {
-        key: (_moved(g.clean_path(path), renamed) or path, kind) for key, (path, kind) in stack.items()
-    }
-
-
-def _moved(path: str, renamed: Mapping[str, str]) -> str | None:
-    for old, new in renamed.items():
-        if f"{path}.".startswith(f"{old}."):
-            return new + path.removeprefix(old)
-    return None
+    if stack and renamed:
+        node.meta["nn_module_stack"] = {
+            key: (naming.move(g.clean_path(path), renamed.items()), kind)
+            for key, (path, kind) in stack.items()
+        }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sparse_compile.passes import attention_chain
 from sparse_compile.passes import graph as g
+from sparse_compile.passes.fills import fills_among
 from sparse_compile.passes.linear import NoMatch
 from sparse_compile.passes.masks import ALL, Mask, Masks, UnknownSize, is_one
 from torch.fx import Graph, Node
@@ -82,7 +83,7 @@ def _is_for_backward(node: Node) -> bool:
 
 def _chain(scores: Node, out: Node, steps: list[Node]) -> Chain:
     biases = []
-    filled = ((fill.condition, fill.holds) for fill in attention_chain.fills_among(steps, scores))
+    filled = ((fill.condition, fill.holds) for fill in fills_among(steps, scores))
     for step in steps:
         if step.target is aten.add.Tensor:
             biases += [x for x in step.all_input_nodes if x not in (*steps, scores)]

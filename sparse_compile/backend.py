@@ -124,7 +124,7 @@ class SparseBackend:
             patches=compilers.patches(mode, options),
             device=next(filter(on_device.available, devices), None),
         )
-        if request.linears and (place := naming.graph_break(gm)):
+        if torch.is_grad_enabled() and request.linears and (place := naming.graph_break(gm)):
             self._runtime.graph_breaks[place] = None
         captured = Captured.of(gm) if self._carries(request) else None
         compiled = self._compile(gm, example_inputs, request, owner, carries=captured is not None)

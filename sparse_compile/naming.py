@@ -16,7 +16,7 @@ import sys
 import types
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,10 +69,15 @@ class Owner:
 
     def full_name(self, name: str) -> str:
         """The name in the root of what is called ``name`` in the frame."""
-        for old, new in self.moved:
-            if not old or f"{name}.".startswith(f"{old}."):
-                return ".".join(filter(None, (new, name.removeprefix(old).removeprefix("."))))
-        return name
+        return move(name, self.moved)
+
+
+def move(path: str, moved: Iterable[tuple[str, str]]) -> str:
+    """A path, with the first of the old starts that it has replaced by the new one; itself if it has none."""
+    for old, new in moved:
+        if not old or f"{path}.".startswith(f"{old}."):
+            return ".".join(filter(None, (new, path.removeprefix(old).removeprefix("."))))
+    return path
 
 
 def split_variable(source: str) -> tuple[str, str]:

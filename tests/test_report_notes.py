@@ -83,6 +83,13 @@ def test_a_model_without_blocks() -> None:
     assert report.note == ""
 
 
+def test_a_break_of_what_runs_without_a_gradient_is_none_of_the_training() -> None:
+    backend = sparse_backend(Schedule.exact(), compiler="aot_eager")
+    with torch.no_grad():
+        torch.compile(Net(breaks=True), backend=backend)(torch.randn(8, 16, 32))
+    assert backend.report().note == ""
+
+
 @pytest.mark.parametrize(("ratio", "says"), [(0.5, True), (0, False)])
 def test_pruned_gradients_are_not_exact(ratio: float, says: bool) -> None:
     report = trained(Schedule(saved_activations=PruneSaved(ratio)), Net()).report()
